@@ -1,0 +1,75 @@
+"""Calipers brackets the adversarial robustness of a neural network: certified <= robust <= empirical accuracy.
+
+Importing this package imports neither torch nor anything heavy: names resolve on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from calipers.api import attack as attack
+    from calipers.api import bound as bound
+    from calipers.attacks import ATTACKS as ATTACKS
+    from calipers.attacks import fgsm as fgsm
+    from calipers.attacks import pgd as pgd
+    from calipers.attacks import targeted as targeted
+    from calipers.bounds import BOUNDS as BOUNDS
+    from calipers.bounds import crown as crown
+    from calipers.bounds import crown_ibp as crown_ibp
+    from calipers.bounds import interval as interval
+    from calipers.bracket import Bracket as Bracket
+    from calipers.bracket import Evidence as Evidence
+    from calipers.bracket import Verdict as Verdict
+    from calipers.bracket import witness as witness
+    from calipers.evaluate import audit as audit
+    from calipers.evaluate import explain as explain
+    from calipers.graph.capture import capture as capture
+    from calipers.graph.graph import Network as Network
+    from calipers.graph.onnx import load_onnx as load_onnx
+    from calipers.graph.onnx import save_onnx as save_onnx
+    from calipers.sets import Region as Region
+    from calipers.sets import ThreatModel as ThreatModel
+    from calipers.spec import Spec as Spec
+
+_WHERE = {
+    "attack": "calipers.api",
+    "bound": "calipers.api",
+    "ATTACKS": "calipers.attacks",
+    "fgsm": "calipers.attacks",
+    "pgd": "calipers.attacks",
+    "targeted": "calipers.attacks",
+    "BOUNDS": "calipers.bounds",
+    "crown": "calipers.bounds",
+    "crown_ibp": "calipers.bounds",
+    "interval": "calipers.bounds",
+    "Bracket": "calipers.bracket",
+    "Evidence": "calipers.bracket",
+    "Verdict": "calipers.bracket",
+    "witness": "calipers.bracket",
+    "audit": "calipers.evaluate",
+    "explain": "calipers.evaluate",
+    "capture": "calipers.graph.capture",
+    "Network": "calipers.graph.graph",
+    "load_onnx": "calipers.graph.onnx",
+    "save_onnx": "calipers.graph.onnx",
+    "Region": "calipers.sets",
+    "ThreatModel": "calipers.sets",
+    "Spec": "calipers.spec",
+}
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the table is the list
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'calipers' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,90 @@
+"""Ops that torch has no batch-free public function for. Every primitive takes and returns a batch first.
+
+The rest of the graph's vocabulary is torch's own functions (``torch.relu``, ``torch.conv2d``, ``torch.add``, ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def identity(x: Tensor) -> Tensor:
+    return x
+
+
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Each example to ``shape`` (which does not include the batch)."""
+    return x.reshape(x.shape[0], *shape)
+
+
+def expand(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Each example broadcast to ``shape`` (which does not include the batch)."""
+    return x.expand(x.shape[0], *shape)
+
+
+def slice_(x: Tensor, dim: int, start: int, stop: int, step: int = 1) -> Tensor:
+    """``x[..., start:stop:step, ...]`` along ``dim``, all nonnegative, step >= 1."""
+    index = [slice(None)] * x.ndim
+    index[dim] = slice(start, stop, step)
+    return x[tuple(index)]
+
+
+def pad(x: Tensor, pads: Sequence[int], value: float = 0.0) -> Tensor:
+    """Constant padding, in the order of ``torch.nn.functional.pad``."""
+    return F.pad(x, list(pads), value=value)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation over dimension 1. In training mode (or without statistics) the batch's own are used;
+    running statistics are never updated by a walk."""
+    if training or mean is None or var is None:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+
+def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    return F.dropout(x, rate, training) if training else x
+
+
+def average_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """Average pooling over the last ``len(kernel)`` dimensions (1, 2 or 3)."""
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel) - 1]
+    return pool(x, tuple(kernel), tuple(stride), tuple(padding), ceil_mode, count_include_pad)
+
+
+def max_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool = False,
+) -> Tensor:
+    """Max pooling over the last ``len(kernel)`` dimensions (1, 2 or 3)."""
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
+    y: Tensor = pool(x, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+    return y
+
+
+def maximum(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+    """The maximum over axes (the batch is not one of them)."""
+    return torch.amax(x, tuple(dims), keepdim)
