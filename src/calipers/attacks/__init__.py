@@ -1,0 +1,15 @@
+"""Attacks: points of low margin, an upper bound on the minimal margin each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from calipers.attacks.gradient import Targeted as Targeted
+from calipers.attacks.gradient import fgsm as fgsm
+from calipers.attacks.gradient import pgd as pgd
+from calipers.attacks.gradient import targeted as targeted
+from calipers.attacks.losses import LOSSES as LOSSES
+
+ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd}

@@ -1,0 +1,321 @@
+"""The rungs: interval, CROWN-IBP and CROWN bounds with one signature.
+
+    (network, region, spec, *, dtype, rigorous, memory, statistics) -> (B, M) lower bounds of ``spec.values``
+
+Each is sound in real arithmetic up to the rounding of its own computation; with ``rigorous=True`` that rounding is
+subtracted too, so a positive margin proves robustness of the stored parameters in real arithmetic. All
+are differentiable in the parameters and in the region's centre.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calipers.bounds.interval import exactness, propagate
+from calipers.bounds.linear import both_bounds, lower_bound
+from calipers.bounds.state import State, check_spec, start
+from calipers.graph.graph import Graph, Network, Node
+from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
+from calipers.sets import Interval, Region
+from calipers.spec import Spec
+
+Statistics = Mapping[str, Tensor]
+Run = Callable[[State, Spec], Tensor]
+
+
+def interval(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    *,
+    dtype: torch.dtype | None = None,
+    rigorous: bool = False,
+    memory: int | None = None,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """Lower bounds by interval propagation with the functionals merged into the last affine layers.
+
+    Args:
+        dtype: working precision; None is the network's own.
+        rigorous: also subtract this computation's rounding, so that the bound holds in real arithmetic.
+        memory: bytes of working memory to plan for.
+        statistics: replacements for normalisation statistics, see `calipers.graph.bind`.
+
+    Sound: for every region; an l2 or l1 ball is replaced by its bounding box.
+    Cost: about two forward passes.
+    Reference: Gowal et al. 2018 (IBP), eqs. 6-11.
+    """
+    return _chunked(
+        _interval, network, region, spec, dtype, rigorous, memory, statistics, trace=False
+    )
+
+
+def crown_ibp(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    *,
+    dtype: torch.dtype | None = None,
+    rigorous: bool = False,
+    memory: int | None = None,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """Lower bounds by one backward pass over interval pre-activation bounds, never below `interval`'s.
+
+    Sound: the set is concretised exactly (ball and box), see `Region.reach`. Arguments as in `interval`.
+    Cost: about three forward passes and one backward pass of M rows.
+    Reference: Zhang et al. 2020 (CROWN-IBP), section 3.
+    """
+    return _chunked(_crown_ibp, network, region, spec, dtype, rigorous, memory, statistics)
+
+
+def crown(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    *,
+    dtype: torch.dtype | None = None,
+    rigorous: bool = False,
+    memory: int | None = None,
+    statistics: Statistics | None = None,
+    raw: bool = False,
+) -> Tensor:
+    """Lower bounds by backward passes for every neuron that can be unstable, then for the functionals.
+
+    Never below `crown_ibp`'s, unless ``raw`` asks for the last pass alone. Arguments as in `interval`.
+
+    Sound: as `crown_ibp`.
+    Cost: one backward row per unstable neuron and side, rows in chunks within ``memory``.
+    Reference: Zhang et al. 2018 (CROWN); adaptive lower slopes.
+    """
+    run = _crown if raw else _crown_over_ibp
+    return _chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
+
+
+def preactivations(
+    network: Network,
+    region: Region,
+    *,
+    tight: bool = True,
+    dtype: torch.dtype | None = None,
+    rigorous: bool = False,
+    memory: int | None = None,
+) -> dict[str, Interval]:
+    """The interval of every value of the graph, by CROWN where it can help (``tight``) or by intervals alone.
+
+    Where a neuron is stable, or interval bounds are exact, intervals are all there is.
+    """
+    state = start(
+        network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None, trace=tight
+    )
+    propagate(state, tighten=_tightener(state) if tight else None)
+    return state.boxes
+
+
+# -- running in chunks ----------------------------------------------------------------------------------------
+
+
+def _chunked(
+    run: Run,
+    network: Network,
+    region: Region,
+    spec: Spec,
+    dtype: torch.dtype | None,
+    rigorous: bool,
+    memory: int | None,
+    statistics: Statistics | None,
+    trace: bool = True,
+) -> Tensor:
+    begin = partial(
+        start,
+        network,
+        dtype=dtype,
+        rigorous=rigorous,
+        memory=memory,
+        statistics=statistics,
+        trace=trace,
+    )
+    state = None
+    size = _examples(network.graph, network, spec, memory, dtype)
+    if len(region) <= size:
+        state = begin(region)
+        return run(state, spec)
+    parts = [
+        run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, len(region), size)
+    ]
+    return torch.cat(parts)
+
+
+def _row_bytes(graph: Graph, network: Network, dtype: torch.dtype) -> int:
+    """Working memory of one backward row: its widest value, a few times over."""
+    shapes = [network.input_shape, *(n.shape for n in graph.nodes if n.name in graph.active)]
+    return 6 * dtype.itemsize * max(math.prod(s) for s in shapes)
+
+
+def _examples(
+    graph: Graph, network: Network, spec: Spec, memory: int | None, dtype: torch.dtype | None
+) -> int:
+    from calipers.bounds.state import DEFAULT_MEMORY
+
+    row = _row_bytes(graph, network, dtype or network.dtype)
+    values = 4 * len(graph.nodes) * row // 6
+    return max(1, (memory or DEFAULT_MEMORY) // (row * max(spec.C.shape[1], 2) + values))
+
+
+# -- the three readings ------------------------------------------------------------------------------------------
+
+
+def _interval(state: State, spec: Spec) -> Tensor:
+    C, d = check_spec(state, spec)
+    propagate(state)
+    return _elided(state, C, d)
+
+
+def _elided(state: State, C: Tensor, d: Tensor) -> Tensor:
+    """Rows C pulled back through the last affine nodes only, then over the boxes of what feeds those: (B, M)."""
+    graph = state.network.graph
+    tail = _tail(state)
+    if not tail:
+        return _from_box(state, C, d)
+    names = {node.name for node in tail}
+    if graph.output not in state.env:  # no reference trace: the boxes' centres serve as one
+        for name in {
+            name for node in tail for name in node.operands if name in graph.active
+        } - names:
+            box = state.boxes[name]
+            state.env[name] = (box.lower + box.upper) * 0.5
+        for node in tail:
+            args, kwargs = state.arguments(node)
+            state.env[node.name] = node.op(*args, **kwargs)
+    inputs = graph.inputs
+    low = lower_bound(state, graph.output, C, stop=lambda v: v in inputs or v not in names)
+    return _at_reference(state, C, d) + low.T
+
+
+def _tail(state: State) -> list[Node]:
+    """The active nodes from which only affine nodes lead to the output, in order."""
+    graph = state.network.graph
+    wanted, tail = {graph.output}, []
+    for node in reversed(graph.nodes):
+        if node.name in wanted and isinstance(state.kind(node), Affine):
+            tail.append(node)
+            wanted |= set(node.operands) & graph.active
+    return tail[::-1]
+
+
+def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
+    """The output itself is not affine: functionals of its box."""
+    low, high = state.boxes[state.network.graph.output]
+    value = (C.clamp_min(0) * low).sum(-1) + (C.clamp_max(0) * high).sum(-1) + d
+    size = (C.abs() * torch.maximum(low.abs(), high.abs())).sum(-1) + d.abs()
+    return (value - state.gamma(C.shape[-1] + 1) * size).T
+
+
+def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
+    """C·z + d at the reference output, less its rounding: (B, M)."""
+    z = state.env[state.network.graph.output]
+    value = (C * z).sum(-1) + d
+    gamma = state.gamma(C.shape[-1] + 2)
+    if gamma:
+        value = value - gamma * ((C.abs() * z.abs()).sum(-1) + d.abs())
+    return value.T
+
+
+def _crown_ibp(state: State, spec: Spec) -> Tensor:
+    C, d = check_spec(state, spec)
+    propagate(state)
+    return torch.maximum(_functionals(state, C, d), _elided(state, C, d))
+
+
+def _crown(state: State, spec: Spec) -> Tensor:
+    C, d = check_spec(state, spec)
+    propagate(state, tighten=_tightener(state), until=state.network.graph.output)
+    return _functionals(state, C, d)
+
+
+def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
+    weak = _crown_ibp(state, spec)
+    state.cache.clear()  # lines over interval bounds
+    return torch.maximum(_crown(state, spec), weak)
+
+
+def _functionals(state: State, C: Tensor, d: Tensor) -> Tensor:
+    """CROWN's pass for rows C of the output over the current boxes: (B, M)."""
+    graph = state.network.graph
+    rows = _rows_per_chunk(state)
+    low = torch.cat([lower_bound(state, graph.output, part) for part in C.split(rows)])
+    return _at_reference(state, C, d) + low.T
+
+
+def _rows_per_chunk(state: State) -> int:
+    row = _row_bytes(state.network.graph, state.network, state.dtype) * state.batch
+    return max(1, state.memory // row)
+
+
+def _tightener(state: State) -> Callable[[State, Node], None]:
+    """Improve, before a nonlinear node reads them, the intervals of its operands' elements that matter."""
+    status = exactness(state)
+    box = math.isinf(state.region.p)
+    done = set(state.network.graph.inputs)
+
+    def tighten(state: State, node: Node) -> None:
+        kind = state.kind(node)
+        if isinstance(kind, Affine):
+            return
+        for name in node.operands:
+            if name not in state.network.graph.active or name in done:
+                continue
+            done.add(name)
+            if box and status[name] != "loose":
+                continue
+            _refine(state, name, _undecided(state, node, kind, name))
+
+    return tighten
+
+
+def _undecided(
+    state: State, node: Node, kind: Activation | Bilinear | Extremum, name: str
+) -> Tensor:
+    """Mask of the elements (B, N) whose tighter bounds would tighten the node's relaxation."""
+    known = state.boxes[name]
+    if isinstance(kind, Activation):
+        args, kwargs = state.arguments(node)
+        return ~kind.linear(known, *args[1:], **kwargs).flatten(1)
+    return torch.ones_like(known.lower, dtype=torch.bool).flatten(1)
+
+
+@torch.no_grad()
+def _padded(mask: Tensor) -> Tensor:
+    """(S, B) positions that cover each row of ``mask`` (B, N); shorter rows are filled up with others."""
+    count = int(mask.sum(1).max())
+    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count].T
+
+
+def _refine(state: State, name: str, mask: Tensor) -> None:
+    """Meet the interval of ``name`` with CROWN's on the elements of ``mask``."""
+    index = _padded(mask)
+    if not len(index):
+        return
+    rows = max(1, _rows_per_chunk(state) // 2)
+    parts = [both_bounds(state, name, part) for part in index.split(rows)]
+    low = torch.cat([p.lower for p in parts]).T
+    high = torch.cat([p.upper for p in parts]).T
+    known = state.boxes[name]
+    old_low, old_high = known.lower.flatten(1), known.upper.flatten(1)
+    columns = index.T
+    new_low = torch.maximum(low, old_low.gather(1, columns))
+    new_high = torch.minimum(high, old_high.gather(1, columns))
+    # ends that cross (by rounding, on a point region) or NaN leave the interval as it was
+    good = new_low <= new_high
+    new_low = torch.where(good, new_low, old_low.gather(1, columns))
+    new_high = torch.where(good, new_high, old_high.gather(1, columns))
+    shape = known.lower.shape
+    state.boxes[name] = Interval(
+        old_low.scatter(1, columns, new_low).reshape(shape),
+        old_high.scatter(1, columns, new_high).reshape(shape),
+    )

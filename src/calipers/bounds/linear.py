@@ -1,0 +1,374 @@
+"""Linear bounds backward (CROWN): rows of functionals pulled back through the graph.
+
+For rows A of a value h with reference z, the walk keeps  A·(h − z) ≥ Σ A_v·(v − z_v) + bias  over fewer and
+earlier values v, and concretises at the input by the region's exact support function. An affine op is its
+transpose; an activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and half
+difference, A ↦ A·mid − |A|·half. Upper bounds are lower bounds of −A: both sides share every step until the first activation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from calipers.bounds.state import State, at
+from calipers.graph.graph import Node
+from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Lines
+from calipers.sets import Interval
+
+Parts = dict[int, Tensor]  # operand number -> rows
+
+
+def lower_bound(
+    state: State, name: str, A: Tensor, *, stop: Callable[[str], bool] | None = None
+) -> Tensor:
+    """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B).
+
+    Args:
+        stop: values to concretise by their intervals; the default is the input alone.
+    """
+    return _Pull(state, name, stop).run(A)[0]
+
+
+def both_bounds(state: State, name: str, index: Tensor) -> Interval:
+    """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
+    z = state.env[name].flatten(1).gather(1, index.T).T
+    low, high = _Pull(state, name, None).run_elements(index)
+    # adding the reference value rounds once more
+    slack = (
+        state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) if state.rigorous else 0.0
+    )
+    return Interval(z + low - slack, z + high + slack)
+
+
+class _Pull:
+    """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
+
+    def __init__(self, state: State, name: str, stop: Callable[[str], bool] | None) -> None:
+        self.state, self.name = state, name
+        inputs = state.network.graph.inputs
+        self.stop = stop or (lambda value: value in inputs)
+        self.rows: dict[str, Tensor] = {}
+        self.bias: Tensor | float = 0.0
+        self.elements = self.mirrored = False
+
+    def run(self, A: Tensor) -> tuple[Tensor, Tensor]:
+        self.rows[self.name] = A
+        return self._walk()
+
+    def run_elements(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit rows, lower and upper side."""
+        self.elements = True
+        node = self.state.network.graph.node[self.name]
+        kind = self.state.kind(node)
+        if isinstance(kind, Affine) and kind.rows is not None and len(node.operands) > 0:
+            args, kwargs = self.state.arguments(node)
+            A = kind.rows(index, *args, **kwargs)
+            if A is not None:
+                noise = _affine_noise(self.state, kind, node)
+                if noise is not None:
+                    self.bias = -noise.flatten(1).gather(1, index.T).T
+                self.rows[node.operands[0]] = A
+                return self._walk(skip=True)
+        flat = math.prod(node.shape)
+        A = torch.zeros(*index.shape, flat, dtype=self.state.dtype, device=index.device)
+        A.scatter_(2, index.unsqueeze(2), 1.0)
+        self.rows[self.name] = A.reshape(*index.shape, *node.shape)
+        return self._walk()
+
+    def _walk(self, *, skip: bool = False) -> tuple[Tensor, Tensor]:
+        graph = self.state.network.graph
+        order = [n.name for n in graph.nodes]
+        last = order.index(self.name)
+        for node in reversed(graph.nodes[: last if skip else last + 1]):
+            if node.name in self.rows and not self.stop(node.name):
+                self._step(node, self.rows.pop(node.name))
+        return self._settle()
+
+    def _step(self, node: Node, A: Tensor) -> None:
+        state = self.state
+        kind = state.kind(node)
+        if self.elements and not self.mirrored and not isinstance(kind, Affine):
+            A = self._mirror(node.name, A)
+        parts, bias = RULES[type(kind)](state, kind, node, A)
+        if bias is not None:
+            self.bias = self.bias + bias
+        for index, rows in parts.items():
+            name = node.operands[index]
+            known = self.rows.get(name)
+            self.rows[name] = rows if known is None else known + rows
+
+    def _mirror(self, name: str, A: Tensor) -> Tensor:
+        """From here on lower and upper side differ: every row is followed by its negative."""
+        self.mirrored = True
+        self.rows = {k: torch.cat([v, -v]) for k, v in self.rows.items()}
+        if isinstance(self.bias, Tensor):  # so far only rounding, the same for both
+            self.bias = torch.cat([self.bias, self.bias])
+        return torch.cat([A, -A])
+
+    def _settle(self) -> tuple[Tensor, Tensor]:
+        """Concretise what is left: (lower, upper); for `run` the two are the same."""
+        low = self._total(1.0)
+        if not self.elements:
+            return low, low
+        if not self.mirrored:
+            return low, -self._total(-1.0)
+        half = len(low) // 2
+        return low[:half], -low[half:]
+
+    def _total(self, sign: float) -> Tensor:
+        parts = [
+            concretise(self.state, name, A if sign > 0 else -A) for name, A in self.rows.items()
+        ]
+        return sum(parts[1:], parts[0]) + self.bias
+
+
+def concretise(state: State, name: str, A: Tensor) -> Tensor:
+    """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere."""
+    if name in state.network.graph.inputs:
+        low = -state.region.reach(-A, state.frame)
+        size = state.once("input radius", name, lambda: _deviation(state, name))
+    else:
+        below, above = state.once("sides", name, lambda: _sides(state, name))
+        middle, half = (above - below) * 0.5, (above + below) * 0.5
+        low = _dot(A, middle) - _dot(A.abs(), half)
+        size = half + middle.abs()
+    gamma = state.gamma(math.prod(A.shape[2:]) + 4)
+    return low - gamma * _dot(A.abs(), size) if gamma else low
+
+
+def _sides(state: State, name: str) -> tuple[Tensor, Tensor]:
+    """How far the value may lie below and above the reference."""
+    box, z = state.boxes[name], state.env[name]
+    return z - box.lower, box.upper - z
+
+
+def _deviation(state: State, name: str) -> Tensor:
+    below, above = _sides(state, name)
+    return torch.maximum(below, above)
+
+
+def _dot(A: Tensor, v: Tensor) -> Tensor:
+    """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
+    rows, vector = A.flatten(2), v.flatten(1)
+    if rows.shape[1] == 1:
+        return rows[:, 0] @ vector.T
+    return torch.einsum("sbn,bn->sb", rows, vector)
+
+
+# -- affine -------------------------------------------------------------------------------------------------
+
+
+def _affine(state: State, kind: Affine, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+    args, kwargs = state.arguments(node)
+    active = [i for i, name in enumerate(node.operands) if name in state.network.graph.active]
+    flat = A.flatten(0, 1)
+    parts: Parts = {}
+    for index in active:
+        shape = state.shape(node.operands[index])
+        rows = kind.transpose(flat, index, shape, *args, **kwargs) if kind.transpose else None
+        if rows is None:
+            rows = _vjp(node, flat, index, shape, args, kwargs)
+        parts[index] = rows.reshape(*A.shape[:2], *shape)
+    noise = _affine_noise(state, kind, node)
+    return parts, None if noise is None else -_dot(A.abs(), noise)
+
+
+def _vjp(
+    node: Node,
+    A: Tensor,
+    index: int,
+    shape: tuple[int, ...],
+    args: list[Any],
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """AᵀL by automatic differentiation; rows are a batch, since examples do not mix."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = A.new_zeros((len(A), *shape)).requires_grad_()
+        y = node.op(*at(args, {index: x}), **kwargs)
+        (rows,) = torch.autograd.grad(y, x, A, create_graph=differentiable)
+    return rows
+
+
+def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
+    """Per output element: the rounding of the reference trace and of the transposed rows at this op."""
+    if not state.rigorous:
+        return None
+
+    def make() -> Tensor | None:
+        args, kwargs = state.arguments(node)
+        gamma = state.gamma(kind.terms(*args, **kwargs))
+        if not gamma:
+            return None
+        active = state.network.graph.active
+        sizes = {
+            i: state.env[name].abs() + _deviation(state, name)
+            for i, name in enumerate(node.operands)
+            if name in active
+        }
+        with torch.no_grad():
+            if kind.magnitude is not None:
+                return gamma * kind.magnitude(1.0, *at(args, sizes), **kwargs)
+            absolute = [_absolute(a) for a in at(args, sizes)]
+            size: Tensor = node.op(*absolute, **kwargs)
+            return gamma * size
+
+    noise: Tensor | None = state.once("noise", node.name, make)
+    return noise
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(v) for v in value]
+    return value.abs() if isinstance(value, Tensor) else value
+
+
+# -- activations --------------------------------------------------------------------------------------------
+
+
+class _Relaxed(NamedTuple):
+    """Lines in deviations from the reference: slope mid ∓ half, offset at the reference offset ∓ gap."""
+
+    mid: Tensor
+    half: Tensor
+    offset: Tensor
+    gap: Tensor
+
+
+def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+    args, kwargs = state.arguments(node)
+    z, out = args[0], state.env[node.name]
+    box = state.boxes[node.operands[0]]
+    lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    low = lines.lower_slope * z + lines.lower_offset - out
+    high = lines.upper_slope * z + lines.upper_offset - out
+    gap = (high - low) * 0.5
+    gamma = state.gamma(z[0].numel() + 16 + int(kind.ulps))
+    if gamma:
+        with torch.no_grad():
+            size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
+            slopes = lines.lower_slope.abs() + lines.upper_slope.abs()
+            offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
+            gap = gap + gamma * (slopes * size + offsets)
+    return _Relaxed(
+        (lines.lower_slope + lines.upper_slope) * 0.5,
+        (lines.upper_slope - lines.lower_slope) * 0.5,
+        (low + high) * 0.5,
+        gap,
+    )
+
+
+def _activation(
+    state: State, kind: Activation, node: Node, A: Tensor
+) -> tuple[Parts, Tensor | None]:
+    relaxed: _Relaxed = state.once("lines", node.name, lambda: _relaxed(state, kind, node))
+    size = A.abs()
+    bias = _dot(A, relaxed.offset) - _dot(size, relaxed.gap)
+    rows = (A * relaxed.mid).addcmul_(size, relaxed.half, value=-1.0)
+    return {0: rows}, bias
+
+
+# -- products and maxima -----------------------------------------------------------------------------------------
+
+
+def _bilinear(state: State, _kind: Bilinear, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+    """McCormick: of the two planes on each side, the one that is tighter at the reference."""
+    (x, y), _ = state.arguments(node)
+    out = state.env[node.name]
+    xl, xu = state.boxes[node.operands[0]]
+    yl, yu = state.boxes[node.operands[1]]
+
+    def plane(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a·x + b·y − a·b, as slopes and the value at the reference less the output."""
+        return a, b, a * x + b * y - a * b - out
+
+    low, low2 = plane(yl, xl), plane(yu, xu)
+    high, high2 = plane(yu, xl), plane(yl, xu)
+    low = tuple(torch.where(low2[2] > low[2], q, p) for p, q in zip(low, low2, strict=True))  # type: ignore[assignment]
+    high = tuple(torch.where(high2[2] < high[2], q, p) for p, q in zip(high, high2, strict=True))  # type: ignore[assignment]
+    plus, minus = A.clamp_min(0), A.clamp_max(0)
+    bias = _dot(plus, low[2]) + _dot(minus, high[2])
+    gamma = state.gamma(out[0].numel() + 16)
+    if gamma:
+        xm, ym = torch.maximum(xl.abs(), xu.abs()), torch.maximum(yl.abs(), yu.abs())
+        bias = bias - _dot(A.abs(), gamma * 4 * (xm * ym + out.abs()))
+    parts: Parts = {}
+    for i, slope in enumerate((0, 1)):
+        rows = plus * low[slope] + minus * high[slope]
+        shape = state.shape(node.operands[i])
+        wide = [d + 2 for d, n in enumerate(shape) if n == 1 and rows.shape[d + 2] != 1]
+        parts[i] = rows.sum(wide, keepdim=True) if wide else rows
+    return parts, bias
+
+
+class _Windows(NamedTuple):
+    """For each window: where its best lower end lies, and an upper line slope·x_j + offset."""
+
+    low_at: Tensor
+    low_gap: Tensor
+    high_at: Tensor
+    high_slope: Tensor
+    high_gap: Tensor
+
+
+def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
+    args, kwargs = state.arguments(node)
+    z, out = args[0].flatten(1), state.env[node.name].flatten(1)
+    box = state.boxes[node.operands[0]]
+    index = kind.windows(tuple(args[0].shape[1:]), *args[1:], **kwargs).to(z.device)
+    index = index.reshape(-1, index.shape[-1])
+    where = index.clamp_min(0)
+    low = torch.where(index >= 0, box.lower.flatten(1)[:, where], -math.inf)
+    high = torch.where(index >= 0, box.upper.flatten(1)[:, where], -math.inf)
+    flat = where.expand(len(z), -1, -1)
+
+    def position(pick: Tensor) -> Tensor:
+        return flat.gather(2, pick.unsqueeze(2)).squeeze(2)
+
+    best = low.argmax(2)
+    top, pick = high.max(2)
+    rest = (
+        high.scatter(2, pick.unsqueeze(2), -math.inf).amax(2)
+        if high.shape[2] > 1
+        else torch.full_like(top, -math.inf)
+    )
+    bottom = low.gather(2, pick.unsqueeze(2)).squeeze(2)
+    # max(x_j, rest) lies under its chord on [l_j, u_j]; where rest <= l_j it is x_j itself
+    crossing = rest > bottom
+    slope = torch.where(crossing, (top - rest) / torch.where(crossing, top - bottom, 1.0), 1.0)
+    offset = torch.where(crossing, rest - slope * bottom, 0.0)
+    low_at, high_at = position(best), position(pick)
+    low_gap = z.gather(1, low_at) - out
+    high_gap = slope * z.gather(1, high_at) + offset - out
+    gamma = state.gamma(out.shape[1] + 16)
+    if gamma:
+        slack = gamma * (
+            top.abs() + bottom.abs() + torch.where(crossing, rest.abs(), 0.0) + out.abs()
+        )
+        low_gap, high_gap = low_gap - slack, high_gap + slack
+    return _Windows(low_at, low_gap, high_at, slope, high_gap)
+
+
+def _extremum(state: State, kind: Extremum, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+    w: _Windows = state.once("windows", node.name, lambda: _windows(state, kind, node))
+    rows = A.flatten(2)
+    plus, minus = rows.clamp_min(0), rows.clamp_max(0)
+    bias = _dot(plus, w.low_gap) + _dot(minus, w.high_gap)
+    shape = state.shape(node.operands[0])
+    out = rows.new_zeros(*rows.shape[:2], math.prod(shape))
+    out = out.scatter_add(2, w.low_at.expand_as(rows), plus)
+    out = out.scatter_add(2, w.high_at.expand_as(rows), minus * w.high_slope)
+    return {0: out.reshape(*A.shape[:2], *shape)}, bias
+
+
+RULES: dict[type, Callable[..., tuple[Parts, Tensor | None]]] = {
+    Affine: _affine,
+    Activation: _activation,
+    Bilinear: _bilinear,
+    Extremum: _extremum,
+}

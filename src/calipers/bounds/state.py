@@ -1,0 +1,175 @@
+"""What all bounds of one call share: bound parameters, the set in one dtype, a reference trace, intervals.
+
+Linear bounds are written in *deviations from a reference trace*: run the network once at the region's origin,
+call the values z, and bound A·(h − z) instead of A·h. Then an affine op contributes no constant, only activations do, and
+numbers stay small, which is good for rounding too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calipers.errors import UnsupportedOp
+from calipers.graph.graph import Network, Node, bind, concrete, resolve, walk
+from calipers.ops import Kind, kind_of, unsupported
+from calipers.sets import Interval, Region, cast
+from calipers.spec import Spec
+
+DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
+
+
+@dataclass(eq=False)
+class State:
+    """One bound computation over a batch of regions. ``boxes`` and ``cache`` fill as it goes.
+
+    Args:
+        env: parameters, constants and the reference trace, by value name.
+        frame: the region's origin and reach in the working dtype.
+        gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
+        memory: bytes of working memory to plan for.
+    """
+
+    network: Network
+    region: Region
+    env: dict[str, Any]
+    frame: tuple[Tensor, Interval]
+    rigorous: bool
+    memory: int
+    boxes: dict[str, Interval] = field(default_factory=dict)
+    cache: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.frame[0].dtype
+
+    @property
+    def batch(self) -> int:
+        return len(self.frame[0])
+
+    def gamma(self, n: int) -> float:
+        """The rounding factor of a sum of n products in any order, doubled for the accounting's own rounding."""
+        if not self.rigorous or n <= 0:
+            return 0.0
+        unit = torch.finfo(self.dtype).eps / 2
+        product = (n + 2) * unit
+        return 2 * product / (1 - product) if product < 0.5 else math.inf
+
+    def kind(self, node: Node) -> Kind:
+        kind = kind_of(self.network.graph, node)
+        if kind is None:  # `start` has refused such graphs
+            raise UnsupportedOp([describe(node)], REMEDY)
+        return kind
+
+    def arguments(self, node: Node) -> tuple[list[Any], Mapping[str, Any]]:
+        """The node's arguments at the reference trace."""
+        args = [resolve(a, self.env) for a in node.args]
+        return args, {k: resolve(v, self.env) for k, v in node.kwargs.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The per-example shape of a value."""
+        graph = self.network.graph
+        return self.network.input_shape if name in graph.inputs else graph.node[name].shape
+
+    def once(self, what: str, name: str, make: Callable[[], Any]) -> Any:
+        key = (what, name)
+        if key not in self.cache:
+            self.cache[key] = make()
+        return self.cache[key]
+
+
+REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"
+
+
+def describe(node: Node) -> str:
+    name = getattr(node.op, "__name__", str(node.op))
+    where = f" in {node.path!r}" if node.path else ""
+    return f"{name}{where} ({node.source})" if node.source else f"{name}{where}"
+
+
+def start(
+    network: Network,
+    region: Region,
+    *,
+    dtype: torch.dtype | None,
+    rigorous: bool,
+    memory: int | None,
+    statistics: Mapping[str, Tensor] | None,
+    trace: bool = True,
+) -> State:
+    """Bind parameters, place the region, and (for linear bounds) run the reference trace.
+
+    Raises:
+        UnsupportedOp: naming every op without an entry.
+        ValueError: the region does not fit the network's input.
+    """
+    graph = network.graph
+    missing = unsupported(graph)
+    if missing:
+        raise UnsupportedOp(dict.fromkeys(describe(n) for n in missing), REMEDY)
+    if tuple(region.center.shape[1:]) != network.input_shape:
+        raise ValueError(
+            f"region: examples have shape {tuple(region.center.shape[1:])}, "
+            f"the network takes {network.input_shape}"
+        )
+    working = dtype or network.dtype
+    env = bind(graph, network.module, dtype=working, statistics=statistics)
+    _require_eval(env)
+    frame = region.frame(working)
+    state = State(network, region, env, frame, rigorous, memory or DEFAULT_MEMORY)
+    low, high = region.hull()
+    state.boxes[graph.inputs[0]] = Interval(
+        cast(low, working, -math.inf), cast(high, working, math.inf)
+    )
+    if trace:
+        env[graph.inputs[0]] = frame[0]
+        walk(graph, env, concrete)
+    else:
+        for node in graph.nodes:
+            if node.name not in graph.active:
+                args, kwargs = state.arguments(node)
+                env[node.name] = node.op(*args, **kwargs)
+    return state
+
+
+def _require_eval(env: Mapping[str, Any]) -> None:
+    active = [name[1:].removesuffix(":training") for name, v in env.items() if v is True]
+    if active:
+        raise ValueError(
+            f"network: {', '.join(active)} in training mode: the output of one example then depends on others; "
+            "call .eval(), or pass statistics= of a clean batch"
+        )
+
+
+def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
+    """C as rows (M, B, K) and d as (M, B), in the working dtype."""
+    outputs = state.shape(state.network.graph.output)
+    if len(outputs) != 1 or spec.C.shape[0] != state.batch or spec.C.shape[2] != outputs[0]:
+        raise ValueError(
+            f"spec: C has shape {tuple(spec.C.shape)}, expected ({state.batch}, M, {outputs[0]}) "
+            "for this batch and network"
+        )
+    device = state.frame[0].device
+    C = spec.C.to(device=device, dtype=state.dtype)
+    return C.transpose(0, 1), spec.d.to(device=device, dtype=state.dtype).transpose(0, 1)
+
+
+def at(args: Sequence[Any], values: Mapping[int, Any]) -> list[Any]:
+    """``args`` with the value arguments (tensors, also inside lists) numbered in ``values`` replaced."""
+    count = -1
+
+    def visit(item: Any) -> Any:
+        nonlocal count
+        if isinstance(item, (list, tuple)) and any(isinstance(i, Tensor) for i in item):
+            return [visit(i) for i in item]
+        if isinstance(item, Tensor):
+            count += 1
+            return values.get(count, item)
+        return item
+
+    return [visit(a) for a in args]

@@ -1,0 +1,220 @@
+"""Elementwise functions: exact ranges, sound lines, pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calipers.ops.kinds import Activation, Lines, Pieces
+from calipers.sets import Interval
+
+
+def _chord(f: Callable[[Tensor], Tensor], x: Interval, flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and offset of the line through both ends; ``flat`` is the slope where the interval is a point."""
+    width = x.upper - x.lower
+    low = f(x.lower)
+    slope = torch.where(width > 0, (f(x.upper) - low) / torch.where(width > 0, width, 1.0), flat)
+    return slope, low - slope * x.lower
+
+
+def _monotone(f: Callable[..., Tensor]) -> Callable[..., Interval]:
+    return lambda x, *args: Interval(f(x.lower, *args), f(x.upper, *args))
+
+
+# -- one kink: max(a·z, z) or min(a·z, z), relu, |z| ----------------------------------------------------
+
+
+def _kink(x: Interval, left: float, right: float) -> Lines:
+    """Lines for f(z) = left·z (z < 0), right·z (z >= 0): the chord on the far side, and through the
+    origin the slope of whichever end is further away (CROWN's adaptive choice)."""
+    l, u = x
+    below, above = l.clamp(max=0.0), u.clamp(min=0.0)
+    crossing = (l < 0) & (u > 0)
+    width = torch.where(crossing, above - below, 1.0)
+    slope = (right * above - left * below) / width
+    offset = below * (left - slope)  # the chord meets (l, left·l)
+    one_side = torch.where(l >= 0, right, left).to(l.dtype)
+    tangent = torch.where(u > -l, right, left).to(l.dtype)
+    zero = torch.zeros_like(l)
+    chord_slope = torch.where(crossing, slope, one_side)
+    chord_offset = torch.where(crossing, offset, zero)
+    tangent_slope = torch.where(crossing, tangent, one_side)
+    if right >= left:  # convex
+        return Lines(tangent_slope, zero, chord_slope, chord_offset)
+    return Lines(chord_slope, chord_offset, tangent_slope, zero)
+
+
+def _one_sided(x: Interval, *_: Any) -> Tensor:
+    return (x.lower >= 0) | (x.upper <= 0)
+
+
+def _relu_relax(x: Interval) -> Lines:
+    l, u = x
+    crossing = (l < 0) & (u > 0)
+    active = (l >= 0).to(l.dtype)
+    slope = torch.where(crossing, u / torch.where(crossing, u - l, 1.0), active)
+    zero = torch.zeros_like(l)
+    lower_slope = torch.where(crossing, (u > -l).to(l.dtype), active)
+    return Lines(lower_slope, zero, slope, torch.where(crossing, -slope * l, zero))
+
+
+def _leaky_image(x: Interval, slope: float = 0.01) -> Interval:
+    low, high = F.leaky_relu(x.lower, slope), F.leaky_relu(x.upper, slope)
+    if slope >= 0:
+        return Interval(low, high)
+    spans = (x.lower <= 0) & (x.upper >= 0)
+    return Interval(torch.where(spans, 0.0, torch.minimum(low, high)), torch.maximum(low, high))
+
+
+def _abs_image(x: Interval) -> Interval:
+    low, high = x.lower.abs(), x.upper.abs()
+    spans = (x.lower <= 0) & (x.upper >= 0)
+    return Interval(torch.where(spans, 0.0, torch.minimum(low, high)), torch.maximum(low, high))
+
+
+# -- clamp: two kinks -----------------------------------------------------------------------------------
+
+
+def _limits(low: Any, high: Any) -> tuple[float, float]:
+    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
+
+
+def _clamp_relax(x: Interval, low: Any = None, high: Any = None) -> Lines:
+    """Each side has two candidate lines (a constant and one through a corner); the one with less area is taken."""
+    a, b = _limits(low, high)
+    l, u = x
+    f = lambda z: z.clamp(a, b)  # noqa: E731
+    fl, fu = f(l), f(u)
+    inner = ((l >= a) & (u <= b)).to(l.dtype)
+    slope, offset = _chord(f, x, inner)
+    zero = torch.zeros_like(l)
+    # upper side: the constant f(u), or the line from (l, f(l)) to the corner (b, b) if that comes before u
+    corner = torch.where(u > b, b if math.isfinite(b) else 0.0, u)
+    rise = corner - l
+    up_slope = torch.where(
+        u > b, torch.where(rise > 0, (corner - fl) / torch.where(rise > 0, rise, 1.0), zero), slope
+    )
+    up_slope = torch.where((u > b) & (up_slope * (u - l) > 2 * (fu - fl)), zero, up_slope)
+    up_offset = torch.where(u > b, fu - up_slope * corner, offset)
+    # lower side: the constant f(l), or the line from the corner (a, a) to (u, f(u))
+    corner = torch.where(l < a, a if math.isfinite(a) else 0.0, l)
+    rise = u - corner
+    lo_slope = torch.where(
+        l < a, torch.where(rise > 0, (fu - corner) / torch.where(rise > 0, rise, 1.0), zero), slope
+    )
+    lo_slope = torch.where((l < a) & (lo_slope * (u - l) > 2 * (fu - fl)), zero, lo_slope)
+    lo_offset = torch.where(l < a, fl - lo_slope * corner, offset)
+    constant = fl == fu
+    return Lines(
+        torch.where(constant, zero, lo_slope),
+        torch.where(constant, fl, lo_offset),
+        torch.where(constant, zero, up_slope),
+        torch.where(constant, fu, up_offset),
+    )
+
+
+def _clamp_linear(x: Interval, low: Any = None, high: Any = None) -> Tensor:
+    a, b = _limits(low, high)
+    return (x.upper <= a) | (x.lower >= b) | ((x.lower >= a) & (x.upper <= b))
+
+
+def _clamp_pieces(low: Any = None, high: Any = None) -> Pieces:
+    points = tuple(p for p in _limits(low, high) if math.isfinite(p))
+    if not points:
+        return Pieces((0.0,), (1.0, 1.0), 0.0)
+    slopes = (
+        (0.0, 1.0, 0.0) if len(points) == 2 else ((0.0, 1.0) if low is not None else (1.0, 0.0))
+    )
+    return Pieces(points, slopes, points[0])
+
+
+# -- S-shaped: convex left of 0, concave right of it, f(z) + f(-z) constant ---------------------------------
+
+
+def _s_shaped(
+    f: Callable[[Tensor], Tensor], slope_at: Callable[[Tensor], Tensor], total: float
+) -> Callable[[Interval], Lines]:
+    def upper(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """An upper line on [l, u]: the chord where f lies below it, else the tangent at a point d >= 0 that
+        passes above (l, f(l)); any such tangent is an upper bound."""
+        with torch.no_grad():
+            near, far = torch.zeros_like(l), torch.maximum(u, torch.zeros_like(u))
+            fl = f(l)
+
+            def above(d: Tensor) -> Tensor:
+                return f(d) + slope_at(d) * (l - d) >= fl
+
+            for _ in range(40):  # the smallest tangent point, from above
+                middle = (near + far) / 2
+                ok = above(middle)
+                near, far = torch.where(ok, near, middle), torch.where(ok, middle, far)
+            chord = (u <= 0) | ~above(torch.maximum(u, torch.zeros_like(u)))
+            point = torch.where(l >= 0, (l + u) / 2, torch.maximum(far, torch.zeros_like(far)))
+            # a tangent point nearer the middle is tighter on average where both are sound
+            middle = (l + u) / 2
+            point = torch.where((l < 0) & (middle > point), middle, point)
+        tangent = slope_at(point)
+        steep, rest = _chord(f, Interval(l, u), slope_at(l))
+        slope = torch.where(chord, steep, tangent)
+        offset = torch.where(chord, rest, f(point) - tangent * point)
+        return slope, offset
+
+    def relax(x: Interval) -> Lines:
+        up_slope, up_offset = upper(x.lower, x.upper)
+        lo_slope, lo_offset = upper(-x.upper, -x.lower)  # point symmetry about (0, total/2)
+        return Lines(lo_slope, total - lo_offset, up_slope, up_offset)
+
+    return relax
+
+
+def _sigmoid_slope(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * torch.sigmoid(-z)
+
+
+def _tanh_slope(z: Tensor) -> Tensor:
+    return (
+        1
+        / torch.cosh(
+            z.clamp(-350.0, 350.0) if z.dtype == torch.float64 else z.clamp(-44.0, 44.0)
+        ).square()
+    )
+
+
+def _point(x: Interval) -> Tensor:
+    return x.lower == x.upper
+
+
+ACTIVATIONS: dict[Callable[..., Any], Activation] = {
+    torch.relu: Activation(
+        lambda x: Interval(x.lower.clamp_min(0), x.upper.clamp_min(0)),
+        _relu_relax,
+        _one_sided,
+        lambda: Pieces((0.0,), (0.0, 1.0), 0.0),
+    ),
+    F.leaky_relu: Activation(
+        _leaky_image,
+        lambda x, slope=0.01: _kink(x, slope, 1.0),
+        _one_sided,
+        lambda slope=0.01: Pieces((0.0,), (slope, 1.0), 0.0),
+        ulps=1.0,
+    ),
+    torch.abs: Activation(
+        _abs_image,
+        lambda x: _kink(x, -1.0, 1.0),
+        _one_sided,
+        lambda: Pieces((0.0,), (-1.0, 1.0), 0.0),
+    ),
+    torch.clamp: Activation(_monotone(torch.clamp), _clamp_relax, _clamp_linear, _clamp_pieces),
+    torch.sigmoid: Activation(
+        _monotone(torch.sigmoid), _s_shaped(torch.sigmoid, _sigmoid_slope, 1.0), _point, ulps=16.0
+    ),
+    torch.tanh: Activation(
+        _monotone(torch.tanh), _s_shaped(torch.tanh, _tanh_slope, 0.0), _point, ulps=16.0
+    ),
+}

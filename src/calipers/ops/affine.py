@@ -1,0 +1,288 @@
+"""Affine ops: linear maps, convolutions, sums, and everything that only moves numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calipers.graph import primitives as prim
+from calipers.ops.kinds import Affine
+
+Shape = tuple[int, ...]
+
+
+def _scaled(offset: Any, scale: float) -> Tensor | None:
+    return None if offset is None or not scale else offset.abs() * scale
+
+
+# -- linear and matmul ---------------------------------------------------------------------------------
+
+
+def _linear_magnitude(scale: float, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    return F.linear(x, w.abs(), _scaled(b, scale))
+
+
+def _linear_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, w: Tensor, _b: Any = None) -> Tensor:
+    return A @ w
+
+
+def _linear_rows(index: Tensor, x: Any, w: Tensor, _b: Any = None) -> Tensor | None:
+    # only a plain vector input makes row i of L equal to row i of the weight
+    return w[index] if x.ndim == 2 else None
+
+
+def _matmul_magnitude(_: float, x: Tensor, y: Tensor) -> Tensor:
+    return torch.matmul(x.abs(), y.abs())
+
+
+def _matmul_terms(x: Any, y: Any) -> int:
+    return max(x.shape[-1], *x.shape[-2:], *y.shape[-2:])
+
+
+# -- convolutions --------------------------------------------------------------------------------------
+
+
+def _conv_magnitude(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def magnitude(scale: float, x: Tensor, w: Tensor, b: Any = None, *rest: Any) -> Tensor:
+        return op(x, w.abs(), _scaled(b, scale), *rest)
+
+    return magnitude
+
+
+def _tuple(value: Any, count: int) -> tuple[int, ...]:
+    return (value,) * count if isinstance(value, int) else tuple(value) * (count // len(value))
+
+
+def _conv_transpose(transposed: Callable[..., Tensor], n: int) -> Callable[..., Tensor | None]:
+    """The transpose of an n-dimensional convolution; None (so the VJP) for string padding."""
+
+    def transpose(
+        A: Tensor,
+        _i: int,
+        shape: Shape,
+        _x: Any,
+        w: Tensor,
+        _b: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        if isinstance(padding, str):
+            return None
+        s, p, d = (_tuple(v, n) for v in (stride, padding, dilation))
+        sizes = zip(shape[-n:], A.shape[-n:], w.shape[-n:], s, p, d, strict=True)
+        extra = tuple(
+            size - ((out - 1) * si - 2 * pi + di * (k - 1) + 1)
+            for size, out, k, si, pi, di in sizes
+        )
+        return transposed(A, w, None, s, p, extra, groups, d)
+
+    return transpose
+
+
+def _conv_terms(_x: Any, w: Tensor, *_: Any) -> int:
+    return max(w.shape[0], w.shape[1]) * math.prod(w.shape[2:])
+
+
+def _deconv_transpose(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def transpose(
+        A: Tensor,
+        _i: int,
+        _shape: Shape,
+        _x: Any,
+        w: Tensor,
+        _b: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        _output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        return conv(A, w, None, stride, padding, dilation, groups)
+
+    return transpose
+
+
+# -- elementwise with constants, sums --------------------------------------------------------------------
+
+
+def _sum_to(A: Tensor, shape: Shape) -> Tensor:
+    """Undo broadcasting of a per-example ``shape``."""
+    missing = A.ndim - 1 - len(shape)
+    if missing:
+        A = A.sum(tuple(range(1, missing + 1)))
+    wide = [i + 1 for i, n in enumerate(shape) if n == 1 and A.shape[i + 1] != 1]
+    return A.sum(wide, keepdim=True) if wide else A
+
+
+def _factor(args: tuple[Any, ...], index: int) -> Any:
+    """The constant of a product whose perturbed argument is number ``index``."""
+    values = [a for a in args if isinstance(a, Tensor)]
+    return (
+        args[1 - index] if len(values) == 2 else next(a for a in args if not isinstance(a, Tensor))
+    )
+
+
+def _absolute(value: Any) -> Any:
+    return value.abs() if isinstance(value, Tensor) else abs(value)
+
+
+def _mul_magnitude(_: float, x: Any, y: Any) -> Tensor:
+    return torch.mul(_absolute(x), _absolute(y))
+
+
+def _mul_transpose(A: Tensor, index: int, shape: Shape, x: Any, y: Any) -> Tensor:
+    return _sum_to(A * _factor((x, y), index), shape)
+
+
+def _div_magnitude(_: float, x: Tensor, y: Any) -> Tensor:
+    return x / _absolute(y)
+
+
+def _div_transpose(A: Tensor, _i: int, shape: Shape, _x: Any, y: Any) -> Tensor:
+    return _sum_to(A / y, shape)
+
+
+def _batch_norm_scale(w: Any, var: Tensor, eps: float, like: Tensor) -> Tensor:
+    scale = (var + eps).rsqrt()
+    scale = scale if w is None else scale * w
+    return scale.reshape(-1, *[1] * (like.ndim - 2))
+
+
+def _batch_norm_magnitude(
+    scale: float, x: Tensor, w: Any, b: Any, mean: Tensor, var: Tensor, _training: bool, eps: float
+) -> Tensor:
+    factor = _batch_norm_scale(w, var, eps, x).abs()
+    if not scale:
+        return x * factor
+    shift = mean.abs().reshape(-1, *[1] * (x.ndim - 2)) * factor
+    if b is not None:
+        shift = shift + b.abs().reshape(-1, *[1] * (x.ndim - 2))
+    return x * factor + scale * shift
+
+
+def _batch_norm_transpose(
+    A: Tensor,
+    _i: int,
+    _s: Shape,
+    _x: Any,
+    w: Any,
+    _b: Any,
+    _m: Any,
+    var: Tensor,
+    _t: bool,
+    eps: float,
+) -> Tensor:
+    return A * _batch_norm_scale(w, var, eps, A)
+
+
+# -- movers ---------------------------------------------------------------------------------------------
+
+
+def _reshape_transpose(A: Tensor, _i: int, shape: Shape, *_: Any) -> Tensor:
+    return A.reshape(A.shape[0], *shape)
+
+
+def _permute_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, dims: Shape) -> Tensor:
+    inverse = sorted(range(len(dims)), key=lambda i: dims[i])
+    return A.permute(inverse)
+
+
+def _slice_transpose(
+    A: Tensor, _i: int, shape: Shape, _x: Any, dim: int, start: int, stop: int, step: int = 1
+) -> Tensor:
+    out = A.new_zeros(A.shape[0], *shape)
+    prim.slice_(out, dim, start, stop, step).copy_(A)
+    return out
+
+
+def _cat_transpose(A: Tensor, index: int, shape: Shape, parts: list[Any], dim: int) -> Tensor:
+    start = sum(part.shape[dim] for part in parts[:index])
+    return A.narrow(dim, start, shape[dim - 1])
+
+
+def _pad_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, pads: Shape, _v: float = 0.0) -> Tensor:
+    return F.pad(A, [-p for p in pads])
+
+
+def _reduce_count(x: Any, dims: Shape, _keep: bool = False) -> int:
+    return math.prod(x.shape[d] for d in dims)
+
+
+def _sum_transpose(A: Tensor, _i: int, shape: Shape, _x: Any, dims: Shape, keep: bool) -> Tensor:
+    if not keep:
+        for d in sorted(dims):
+            A = A.unsqueeze(d)
+    return A.expand(A.shape[0], *shape)
+
+
+def _mean_transpose(A: Tensor, i: int, shape: Shape, x: Any, dims: Shape, keep: bool) -> Tensor:
+    return _sum_transpose(A, i, shape, x, dims, keep) / math.prod(shape[d - 1] for d in dims)
+
+
+def _pool_count(_x: Any, kernel: Shape, *_: Any) -> int:
+    return math.prod(kernel)
+
+
+def _one(*_: Any, **__: Any) -> int:
+    return 1
+
+
+def _through(A: Tensor, *_: Any) -> Tensor:
+    return A
+
+
+def _add_transpose(A: Tensor, _i: int, shape: Shape, *_: Any) -> Tensor:
+    return _sum_to(A, shape)
+
+
+AFFINE: dict[Callable[..., Any], Affine] = {
+    F.linear: Affine(
+        _linear_magnitude, _linear_transpose, _linear_rows, lambda _x, w, *_: max(w.shape)
+    ),
+    torch.matmul: Affine(_matmul_magnitude, terms=_matmul_terms, perturbed="one"),
+    torch.conv1d: Affine(
+        _conv_magnitude(torch.conv1d), _conv_transpose(F.conv_transpose1d, 1), terms=_conv_terms
+    ),
+    torch.conv2d: Affine(
+        _conv_magnitude(torch.conv2d), _conv_transpose(F.conv_transpose2d, 2), terms=_conv_terms
+    ),
+    torch.conv3d: Affine(
+        _conv_magnitude(torch.conv3d), _conv_transpose(F.conv_transpose3d, 3), terms=_conv_terms
+    ),
+    torch.conv_transpose1d: Affine(
+        _conv_magnitude(torch.conv_transpose1d), _deconv_transpose(torch.conv1d), terms=_conv_terms
+    ),
+    torch.conv_transpose2d: Affine(
+        _conv_magnitude(torch.conv_transpose2d), _deconv_transpose(torch.conv2d), terms=_conv_terms
+    ),
+    torch.add: Affine(transpose=_add_transpose, terms=_one, separable=True, perturbed="any"),
+    torch.neg: Affine(
+        lambda _s, x: x,
+        lambda A, *_: -A,
+        separable=True,  # noqa: ARG005 - the table's signature
+    ),
+    torch.mul: Affine(_mul_magnitude, _mul_transpose, terms=_one, separable=True, perturbed="one"),
+    torch.div: Affine(_div_magnitude, _div_transpose, terms=_one, separable=True),
+    prim.batch_norm: Affine(
+        _batch_norm_magnitude, _batch_norm_transpose, terms=lambda *_: 6, separable=True
+    ),
+    prim.dropout: Affine(transpose=_through, separable=True),
+    prim.identity: Affine(transpose=_through, separable=True),
+    prim.reshape: Affine(transpose=_reshape_transpose, separable=True),
+    prim.expand: Affine(transpose=_add_transpose, terms=lambda x, shape: math.prod(shape)),  # noqa: ARG005
+    prim.slice_: Affine(transpose=_slice_transpose, separable=True),
+    prim.pad: Affine(transpose=_pad_transpose, separable=True),
+    torch.permute: Affine(transpose=_permute_transpose, separable=True),
+    torch.index_select: Affine(terms=_one),
+    torch.cat: Affine(transpose=_cat_transpose, separable=True, perturbed="any"),
+    torch.sum: Affine(transpose=_sum_transpose, terms=_reduce_count),
+    torch.mean: Affine(transpose=_mean_transpose, terms=_reduce_count),
+    prim.average_pool: Affine(terms=_pool_count),
+}
