@@ -74,7 +74,10 @@ def _enclose(value: Number | Tensor, name: str) -> Interval:
         fraction = exact(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    nearest = float(fraction)
+    try:
+        nearest = float(fraction)
+    except OverflowError:
+        raise ValueError(f"{name}: {value!r} exceeds the largest float64") from None
     below = nearest if Fraction(nearest) <= fraction else math.nextafter(nearest, -math.inf)
     above = nearest if Fraction(nearest) >= fraction else math.nextafter(nearest, math.inf)
     return Interval(
@@ -108,7 +111,9 @@ def cast(value: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
     with torch.no_grad():
         back = rounded.to(value.dtype)
         off = back > value if towards < 0 else back < value
-    return _step(rounded, towards, off)
+        overflow = off & torch.isinf(rounded)  # a finite value beyond the dtype's range
+    largest = math.copysign(torch.finfo(dtype).max, -towards)
+    return torch.where(overflow, largest, _step(rounded, towards, off))
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,10 @@ class ThreatModel:
         eps = _enclose(self.eps, "eps")
         if not bool((eps.lower >= 0).all()):
             raise ValueError(f"eps: {self.eps!r} is negative; a radius is at least 0")
+        if self.p != math.inf and bool(torch.isinf(eps.lower).any()):
+            raise ValueError(
+                f"eps: {self.eps!r} leaves only the box, so it needs p = inf, not p = {self.p:g}"
+            )
         if eps.lower.ndim and self.p != math.inf:
             raise ValueError(
                 f"eps: one radius per feature is a box, so it needs p = inf, not p = {self.p:g}"
@@ -157,7 +166,10 @@ class ThreatModel:
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x.detach()).flatten(1).all(1)).sum())
             raise DataError(f"x: {bad} of {len(x)} examples contain NaN or infinite values")
-        return Region.ball(x, self.eps, self.p, self.lower, self.upper)
+        eps = self.eps
+        if isinstance(eps, Tensor) and eps.ndim:  # per feature, even where B equals their number
+            eps = eps.to(x.device).expand(x.shape[1:]).unsqueeze(0)
+        return Region.ball(x, eps, self.p, self.lower, self.upper)
 
     def describe(self) -> str:
         """One line, for people and for run records."""
@@ -175,9 +187,10 @@ class ThreatModel:
 class Region:
     """``{x : ‖x − center‖_p ≤ eps} ∩ [lower, upper]``, one set per example.
 
-    ``center``, ``lower``, ``upper`` have shape (B, *x), ``eps`` (B,), all float64 on the device of the data. ``lower`` and ``upper``
-    are already intersected with the ball's own box, so for p = inf they are the whole set. They hold the
-    inner values; ``outer_*`` the outer ones. Build one with `ThreatModel.around`, `Region.ball` or `Region.box`.
+    ``center``, ``lower``, ``upper`` have shape (B, *x), ``eps`` (B,) or, per feature, (B, *x), all float64 on the device of the data.
+    ``lower`` and ``upper`` are already intersected with the ball's own box, so for p = inf they are the whole
+    set. They hold the inner values; ``outer_*`` the outer ones. Build one with `ThreatModel.around`,
+    `Region.ball` or `Region.box`.
     """
 
     center: Tensor
@@ -204,12 +217,13 @@ class Region:
         """A ball around each row of ``center`` intersected with a box.
 
         Args:
-            eps: a number, a tensor of shape (B,), or, for p = inf, a tensor that broadcasts to one example.
+            eps: a number, a tensor of shape (B,) (one radius per example), or, for p = inf, any other tensor
+                that broadcasts to ``center`` (one radius per feature).
 
         Raises:
             DataError: a centre lies outside the box.
         """
-        ThreatModel(p, eps if not _per_example(eps, center) else float(eps.min()), lower, upper)  # type: ignore[union-attr,arg-type]
+        ThreatModel(p, eps if not _per_example(eps, center) else float(eps.min()), lower, upper)  # type: ignore[union-attr]
         x = center.to(torch.float64)
 
         def like(bound: Tensor) -> Tensor:
@@ -233,12 +247,12 @@ class Region:
         inner_high = torch.minimum(
             _add(x, like(radius.lower), -math.inf), torch.maximum(like(high.lower), x)
         )
-        scalar = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
-        rows_of = (
-            (lambda r: r.to(x.device).reshape(-1).expand(len(x)))
-            if p != math.inf
-            else (lambda _: scalar)
-        )
+        per_feature = radius.lower.ndim > 0 and not _per_example(eps, center)
+
+        def rows_of(r: Tensor) -> Tensor:
+            r = r.to(x.device)
+            return r.expand_as(x) if per_feature else r.reshape(-1).expand(len(x))
+
         return cls(
             x,
             rows_of(radius.lower),
@@ -255,12 +269,12 @@ class Region:
         """The box [lower, upper], shape (B, *x): what a VNN-LIB query gives.
 
         Raises:
-            RegionError: lower > upper somewhere, or a NaN.
+            RegionError: lower > upper somewhere, or a NaN, or a side of infinities alone.
         """
         low, high = lower.to(torch.float64), upper.to(torch.float64)
-        if not bool((low <= high).all()):
+        if not bool(((low <= high) & (low < math.inf) & (high > -math.inf)).all()):
             raise RegionError("box: lower exceeds upper (or is NaN), so the region is empty")
-        middle = torch.minimum(torch.maximum(low + (high - low) / 2, low), high)
+        middle = torch.minimum(torch.maximum(low / 2 + high / 2, low), high)
         middle = torch.where(
             torch.isfinite(middle), middle, torch.zeros_like(middle).clamp(low, high)
         )
@@ -278,21 +292,35 @@ class Region:
     def __len__(self) -> int:
         return len(self.center)
 
+    @property
+    def unit(self) -> Tensor:
+        """What step sizes are relative to, broadcastable to (B, *x): eps, or half the width of a box without one."""
+        if bool(torch.isinf(self.eps).any()):
+            return (self.upper - self.lower) / 2
+        return (
+            self.eps
+            if self.eps.shape == self.center.shape
+            else self.eps.reshape(-1, *[1] * (self.center.ndim - 1))
+        )
+
     # -- membership --------------------------------------------------------------------------------
 
     def contains(self, x: Tensor) -> Tensor:
-        """Whether each row of ``x`` (B, *x) is a member, decided exactly on the stored numbers, without tolerance: (B,) bool.
+        """Whether each row of ``x`` (B, *x) is a member, exactly on the stored numbers, without tolerance: (B,) bool.
 
-        A NaN is no member. Float64 decides where its error bound allows, rational arithmetic elsewhere.
+        NaN and infinity are no members. Float64 decides where its error bound allows, rational arithmetic elsewhere.
         """
         point = x.detach().to(torch.float64)
-        inside = ((point >= self.lower) & (point <= self.upper)).flatten(1).all(1)
+        inside = (point >= self.lower) & (point <= self.upper) & torch.isfinite(point)
+        inside = inside.flatten(1).all(1)
         if self.p == math.inf:
             return inside
         gap = (point - self.center).flatten(1)
         size = gap.abs().sum(1) if self.p == 1 else gap.square().sum(1)
         limit = self.eps if self.p == 1 else self.eps.square()
-        slack = limit * (gap.shape[1] + 8) * 2 * _U
+        slack = (gap.shape[1] + 8) * (
+            limit * 2 * _U + 1e-320
+        )  # the second term: squares may underflow
         sure = inside & (size < limit - slack)
         for row in torch.nonzero(inside & ~sure & (size <= limit + slack)).flatten().tolist():
             sure[row] = self._contains_exactly(row, point[row])
@@ -314,18 +342,25 @@ class Region:
         """The members of [lower, upper] in ``dtype``: both ends are rounded inwards.
 
         Raises:
-            RegionError: no number of that dtype lies between them.
+            RegionError: the region has no point in that dtype.
         """
         if dtype not in self._cache:
             low = cast(self.lower.detach(), dtype, math.inf)
             high = cast(self.upper.detach(), dtype, -math.inf)
-            if not bool((low <= high).all()):
-                rows = int((low > high).flatten(1).any(1).sum())
+            void = (low > high).flatten(1).any(1)
+            if self.p != math.inf and not self._centred(dtype) and not bool(void.any()):
+                void = ~self.contains(self.center.detach().to(dtype).clamp(low, high))
+            if bool(void.any()):
                 raise RegionError(
-                    f"{rows} of {len(low)} regions contain no point in {dtype}; use a wider dtype"
+                    f"{int(void.sum())} of {len(low)} regions contain no point in {dtype}; use a wider dtype"
                 )
             self._cache[dtype] = Interval(low, high)
         return self._cache[dtype]
+
+    def _centred(self, dtype: torch.dtype) -> bool:
+        """Whether every centre is a number of ``dtype``."""
+        center = self.center.detach()
+        return torch.equal(center.to(dtype).to(torch.float64), center)
 
     def project(self, z: Tensor) -> Tensor:
         """The nearest member in the Euclidean norm, in the dtype of ``z``: ``contains(project(z))`` holds.
@@ -335,7 +370,7 @@ class Region:
         low, high = self.inner(z.dtype)
         if self.p == math.inf:
             return torch.clamp(z, low, high)
-        gap = z.detach().to(torch.float64) - self.center
+        gap = (z.detach().to(torch.float64) - self.center).clamp(-1e300, 1e300)
         cap = torch.where(gap > 0, self.upper - self.center, self.center - self.lower)
         size, cap = gap.abs().flatten(1), cap.flatten(1)
         eps = self._safe_eps()
@@ -365,12 +400,11 @@ class Region:
             return g.sign()
         flat = g.flatten(1)
         if self.p == 2:
-            size = flat.norm(dim=1, keepdim=True)
-            # a subnormal or overflowing norm is rescaled first, so that tiny gradients still have a direction
+            # divided by the peak first, so that the squares of tiny or huge gradients stay in range
             peak = flat.abs().amax(1, keepdim=True)
             scaled = flat / torch.where(peak > 0, peak, torch.ones_like(peak))
-            safe = scaled / scaled.norm(dim=1, keepdim=True).clamp_min(1.0)
-            return torch.where(size > 1e-12, flat / size.clamp_min(1e-30), safe).view_as(g)
+            size: Tensor = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+            return (scaled / size.clamp_min(1.0)).view_as(g)
         peak = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, peak, flat.gather(1, peak).sign()).view_as(g)
 
@@ -401,7 +435,8 @@ class Region:
             uniform = torch.rand(n, dtype=torch.float64, generator=generator) - 0.5
             direction = -uniform.sign() * torch.log1p(-2 * uniform.abs().clamp_max(0.5 - 1e-12))
         radius = torch.rand((), dtype=torch.float64, generator=generator) ** (1 / n)
-        return direction / torch.linalg.vector_norm(direction, ord=self.p) * radius
+        draw: Tensor = direction / torch.linalg.vector_norm(direction, ord=self.p) * radius
+        return draw
 
     def _safe_eps(self) -> Tensor:
         """The radius less the rounding of a float64 sum, so that members stay members when re-measured."""
@@ -411,18 +446,29 @@ class Region:
     def _place(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         """center + step in ``dtype``, every coordinate rounded towards the centre and into the box."""
         low, high = self.inner(dtype)
-        wanted = self.center + step
-        point = wanted.to(dtype)
-        far = (point.to(torch.float64) - self.center).abs() > step.abs()
-        towards = self.center.to(dtype)
-        return torch.where(far, torch.nextafter(point, towards), point).clamp(low, high)
+        center = self.center.detach()
+        point = (center + step).to(dtype)
+        far = (point.to(torch.float64) - center).abs() > step.abs()
+        towards = center.to(dtype).clamp(low, high)
+        point = torch.where(far, torch.nextafter(point, towards), point).clamp(low, high)
+        if not self._centred(
+            dtype
+        ):  # then rounding may lead out: pull back towards the member next to the centre
+            for share in (0.99, 0.9, 0.5, 0.0):
+                out = ~self.contains(point)
+                if not bool(out.any()):
+                    break
+                nearer = (towards + share * (point - towards)).clamp(low, high)
+                point = torch.where(out.view(-1, *[1] * (step.ndim - 1)), nearer, point)
+        return point
 
     # -- linear functionals ------------------------------------------------------------------------
 
     def frame(self, dtype: torch.dtype) -> tuple[Tensor, Interval]:
-        """A reference point and the set around it, in ``dtype``: (origin, [below, above]) with x − origin in [−below, above].
+        """A reference point and the set around it, in ``dtype``: (origin, [below, above]), offsets in [−below, above].
 
-        The origin is the middle of the box for p = inf (then below = above) and the centre otherwise. Differentiable in the centre.
+        The origin is the middle of the box for p = inf (then below = above) and the centre otherwise.
+        Differentiable in the centre.
         """
         box = Interval(self.outer_lower, self.outer_upper)
         if self.p == math.inf:
@@ -449,12 +495,15 @@ class Region:
         rows = a.reshape(*a.shape[: a.ndim - self.center.ndim + 1], -1)
         below, above = below.flatten(1), above.flatten(1)
         if self.p == math.inf:
-            return (rows.abs() * above).sum(-1)
+            gain = rows.abs() * above
+            if not bool(torch.isfinite(above).all()):  # no limit on a feature that does not count
+                gain = torch.where(rows == 0, torch.zeros_like(gain), gain)
+            return gain.sum(-1)
         eps = cast(self.outer_eps, a.dtype, math.inf)
         return (_dual_l1 if self.p == 1 else _dual_l2)(rows, below, above, eps)
 
     def support(self, a: Tensor) -> Tensor:
-        """max ⟨a, x⟩ over the region, for ``a`` of shape (..., B, *x): shape (..., B). See `reach` for the guarantee."""
+        """max ⟨a, x⟩ over the region, for ``a`` of shape (..., B, *x): shape (..., B). Guarantee: see `reach`."""
         frame = self.frame(a.dtype)
         inner = (a * frame[0]).flatten(a.ndim - self.center.ndim + 1).sum(-1)
         return inner + self.reach(a, frame)
@@ -468,7 +517,8 @@ def _per_example(eps: Number | Tensor, center: Tensor) -> bool:
 
 
 def _norm(rows: Tensor, p: float) -> Tensor:
-    return rows.sum(-1) if p == 1 else rows.norm(dim=-1)
+    size: Tensor = torch.linalg.vector_norm(rows, ord=p, dim=-1)
+    return size
 
 
 def _level(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
@@ -497,7 +547,7 @@ def _level_l2(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
     unit = size / torch.where(scale > 0, scale, 1.0)
     t = _level(unit, cap, eps).unsqueeze(-1)
     length = torch.where(unit > 0, torch.minimum(t * unit, cap), torch.zeros_like(cap))
-    over = length.norm(dim=-1, keepdim=True)
+    over = torch.linalg.vector_norm(length, dim=-1, keepdim=True)
     return length * (eps.unsqueeze(-1) / over.clamp_min(1e-300)).clamp_max(1.0)
 
 
@@ -553,20 +603,20 @@ def _dual_l2(a: Tensor, below: Tensor, above: Tensor, eps: Tensor) -> Tensor:
 
 def _dual_l1(a: Tensor, below: Tensor, above: Tensor, eps: Tensor) -> Tensor:
     """min over λ of λ·eps + Σ (a − λ)₊·above + (−a − λ)₊·below, at the entry where the radius is used up."""
+    size = a.abs()
     with torch.no_grad():
-        size = a.abs()
         cap = torch.where(a > 0, above, below)
-        peak, where = size.max(-1)
-        multiplier = peak.clone()
-        tight = cap.gather(-1, where.unsqueeze(-1)).squeeze(-1) < eps
+        # how many entries, largest first, are filled to their cap before the radius is used up
+        entry = size.argmax(-1, keepdim=True)
+        spent = torch.zeros_like(entry, dtype=torch.bool)
+        tight = cap.gather(-1, entry).squeeze(-1) < eps
         if tight.any():
-            values, order = size[tight].sort(-1, descending=True)
-            room = cap.expand_as(size)[tight].gather(-1, order).cumsum(-1)
+            order = size[tight].argsort(-1, descending=True)
+            room = cap[tight].gather(-1, order).cumsum(-1)
             used = (room < eps.expand(tight.shape)[tight].unsqueeze(-1)).sum(-1, keepdim=True)
-            padded = torch.cat([values, torch.zeros_like(values[..., :1])], -1)
-            multiplier[tight] = padded.gather(-1, used).squeeze(-1)
-        level = multiplier.unsqueeze(-1)
+            spent[tight] = used == size.shape[-1]
+            entry[tight] = order.gather(-1, used.clamp_max(size.shape[-1] - 1))
+    # differentiable: the entry at the level takes what is left of the radius
+    level = torch.where(spent, 0.0, size.gather(-1, entry))
     gain = torch.relu(a - level) * above + torch.relu(-a - level) * below
-    # an unbounded side with slope above λ never happens: its cap would already exceed the radius
-    gain = torch.where(a.abs() > level, gain, torch.zeros_like(gain))
-    return multiplier * eps + gain.sum(-1)
+    return level.squeeze(-1) * eps + gain.sum(-1)
