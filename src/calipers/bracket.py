@@ -136,15 +136,14 @@ class Bracket:
                 f"{upper[row].item():.9g} ({_name(high[row])}) by more than the rounding {radius[row].item():.3g}; "
                 "one of the two methods is wrong: please report it"
             )
-        return Bracket(
-            lower, upper, _merge(self.witness, other.witness, lowered), radius, low, high
-        )
+        points = _merge(self, other, lowered)
+        return Bracket(lower, upper, points, radius, low, high)
 
     def scatter(self, index: Tensor, other: Bracket) -> Bracket:
         """`meet` with a bracket that covers only the rows ``index``."""
-        whole = Bracket.unknown(len(self))
+        whole, radius = Bracket.unknown(len(self)), torch.zeros(len(self), dtype=torch.float64)
         whole.lower[index], whole.upper[index] = other.lower, other.upper
-        whole._radius[index] = other._radius
+        radius[index] = other._radius
         low, high = list(whole.lower_evidence), list(whole.upper_evidence)
         for i, row in enumerate(torch.arange(len(self))[index].tolist()):
             low[row], high[row] = other.lower_evidence[i], other.upper_evidence[i]
@@ -153,7 +152,11 @@ class Bracket:
             points = other.witness.new_zeros((len(self), *other.witness.shape[1:]))
             points[index] = other.witness
         whole = replace(
-            whole, witness=points, lower_evidence=tuple(low), upper_evidence=tuple(high)
+            whole,
+            witness=points,
+            rounding=radius,
+            lower_evidence=tuple(low),
+            upper_evidence=tuple(high),
         )
         return self.meet(whole)
 
@@ -200,11 +203,17 @@ def _pick(
     return [b if t else a for a, b, t in zip(first, second, take.tolist(), strict=True)]
 
 
-def _merge(first: Tensor | None, second: Tensor | None, take: Tensor) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    mask = take.to(first.device).reshape(-1, *[1] * (first.ndim - 1))
-    return torch.where(mask, second, first)
+def _merge(first: Bracket, second: Bracket, take: Tensor) -> Tensor | None:
+    """The witness of each row's upper end; NaN where that end came without a point."""
+    points = first.witness if second.witness is None else second.witness
+    if points is None:
+        return None
+    mask = take.to(points.device).reshape(-1, *[1] * (points.ndim - 1))
+    none = torch.full_like(points, math.nan)
+    if first.witness is None:
+        without = torch.isfinite(first.upper).to(points.device).view_as(mask) & ~mask
+        return torch.where(without, none, points)
+    return torch.where(mask, none if second.witness is None else second.witness, first.witness)
 
 
 def in_double(model: Model) -> Model | None:

@@ -187,7 +187,8 @@ class ThreatModel:
 class Region:
     """``{x : ‖x − center‖_p ≤ eps} ∩ [lower, upper]``, one set per example.
 
-    ``center``, ``lower``, ``upper`` have shape (B, *x), ``eps`` (B,) or, per feature, (B, *x), all float64 on the device of the data.
+    ``center``, ``lower``, ``upper`` have shape (B, *x), ``eps`` (B,) or, per feature, (B, *x), all float64 on the
+    device of the data.
     ``lower`` and ``upper`` are already intersected with the ball's own box, so for p = inf they are the whole
     set. They hold the inner values; ``outer_*`` the outer ones. Build one with `ThreatModel.around`,
     `Region.ball` or `Region.box`.
@@ -547,7 +548,7 @@ def _level_l2(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
     unit = size / torch.where(scale > 0, scale, 1.0)
     t = _level(unit, cap, eps).unsqueeze(-1)
     length = torch.where(unit > 0, torch.minimum(t * unit, cap), torch.zeros_like(cap))
-    over = torch.linalg.vector_norm(length, dim=-1, keepdim=True)
+    over: Tensor = torch.linalg.vector_norm(length, dim=-1, keepdim=True)
     return length * (eps.unsqueeze(-1) / over.clamp_min(1e-300)).clamp_max(1.0)
 
 

@@ -52,8 +52,10 @@ class Spec:
             )
         if not bool(torch.isfinite(self.C).all() & torch.isfinite(self.d).all()):
             raise SpecError("spec: coefficients must be finite")
-        if M and not torch.equal(
-            self.clause.unique().cpu(), torch.arange(int(self.clause.max()) + 1)
+        if not M:
+            raise SpecError("spec: no functional at all, so nothing is asked of the network")
+        if self.clause.is_floating_point() or sorted(set(self.clause.tolist())) != list(
+            range(int(self.clause.max()) + 1)
         ):
             raise SpecError("spec: clauses must be numbered 0, 1, ... without gaps")
 
@@ -65,6 +67,7 @@ class Spec:
             ValueError: a label is outside 0..num_classes − 1.
         """
         _check_labels(y, num_classes, "y")
+        y = y.long()
         rivals = torch.arange(num_classes - 1, device=y.device).expand(len(y), -1)
         rivals = rivals + (rivals >= y.unsqueeze(1))  # skips the label
         eye = torch.eye(num_classes, device=y.device)
@@ -77,8 +80,10 @@ class Spec:
         """Only the rival ``t`` counts: y_label − y_target > 0. Its attack objective is target minus label."""
         _check_labels(y, num_classes, "y")
         _check_labels(t, num_classes, "t")
+        if y.shape != t.shape:
+            raise ValueError(f"t: {len(t)} targets for {len(y)} labels")
         eye = torch.eye(num_classes, device=y.device)
-        return cls.functional((eye[y] - eye[t]).unsqueeze(1))
+        return cls.functional((eye[y.long()] - eye[t.long()]).unsqueeze(1))
 
     @classmethod
     def functional(cls, C: Tensor, d: Tensor | None = None) -> Spec:
@@ -123,7 +128,7 @@ class Spec:
 
 
 def _check_labels(y: Tensor, num_classes: int, name: str) -> None:
-    if y.is_floating_point() or y.ndim != 1:
+    if y.is_floating_point() or y.dtype == torch.bool or y.ndim != 1:
         raise ValueError(
             f"{name}: labels must be a vector of integers, not {y.dtype} of shape {tuple(y.shape)}"
         )

@@ -7,6 +7,7 @@ replaces it: ``(op, args)`` or ``(op, args, kwargs)``; several nodes are made th
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,11 @@ def _sub(c: Call) -> Lowered:
     left, right, alpha = c.args[0], c.args[1], c.arg(2, 1)
     if not isinstance(right, Ref):
         return torch.add, (left, -alpha * right)
+    shape = c.shape_of(right)
     if alpha != 1:
-        right = c.emit(torch.mul, right, alpha, shape=c.shape_of(right))
-    negated = c.emit(torch.neg, right, shape=c.shape_of(right))
-    return torch.add, (left, negated)
+        right = c.emit(torch.mul, right, alpha, shape=shape)
+    negated = c.emit(torch.neg, right, shape=shape)
+    return torch.add, ((left, negated) if isinstance(left, Ref) else (negated, left))
 
 
 def _rsub(c: Call) -> Lowered:
@@ -239,11 +241,45 @@ def _addmm(c: Call) -> Lowered:
 
 
 _SHAPE_ONLY = ("view", "reshape", "_unsafe_view")
+# what may share memory with its argument
 VIEWS = frozenset(
-    getattr(aten, name).default
-    for name in ("view", "reshape", "permute", "t", "unsqueeze", "squeeze", "expand", "contiguous", "chunk", "detach", "alias")
-) | {aten.slice.Tensor, aten.select.int, aten.transpose.int, aten.flatten.using_ints, aten.squeeze.dim, aten.split.Tensor,
-     aten.split_with_sizes.default, aten.unflatten.int}  # fmt: skip
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten.permute.default,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.expand.default,
+        aten.contiguous.default,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.detach.default,
+        aten.alias.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.transpose.int,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        operator.getitem,
+    }
+)
+
+# where the batch size may stand, because the output's shape says it all
+SHAPED = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,  # noqa: SLF001
+        aten.expand.default,
+        aten.unflatten.int,
+        aten.slice.Tensor,
+    }
+)
 
 _reshaped: Callable[[Call], Lowered] = lambda c: (prim.reshape, (c.args[0], c.shape))  # noqa: E731
 _passed: Callable[[Call], Lowered] = lambda c: (prim.identity, (c.args[0],))  # noqa: E731
@@ -334,6 +370,7 @@ INPLACE: dict[Any, Any] = {
     aten.mul_.Tensor: aten.mul.Tensor,
     aten.div_.Tensor: aten.div.Tensor,
     aten.dropout_.default: aten.dropout.default,
+    aten.detach_.default: aten.detach.default,
 }
 SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
 

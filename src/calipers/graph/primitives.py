@@ -48,10 +48,17 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """Batch normalisation over dimension 1. In training mode (or without statistics) the batch's own are used;
-    running statistics are never updated by a walk."""
+    running statistics are never updated by a walk. Differentiable in given statistics."""
     if training or mean is None or var is None:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    if not (mean.requires_grad or var.requires_grad):
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    # ATen's operator is not differentiable in its statistics
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    column = (-1, *[1] * (x.ndim - 2))
+    return x * scale.view(column) + shift.view(column)
 
 
 def dropout(x: Tensor, rate: float, training: bool) -> Tensor:
