@@ -40,6 +40,19 @@ class Interval(NamedTuple):
     upper: Tensor
 
 
+class Frame(NamedTuple):
+    """A region in one dtype, as bounds see it: offsets x − origin lie in [−below, above], x itself in ``hull``.
+
+    The origin is the middle of the box for p = inf (then below = above) and the centre otherwise.
+    """
+
+    origin: Tensor
+    below: Tensor
+    above: Tensor
+    hull: Interval
+    bounded: bool
+
+
 def exact(value: Number) -> Fraction:
     """The exact rational that ``value`` denotes: ``"0.1"`` is 1/10, ``"8/255"`` is 8/255, a float its binary value.
 
@@ -202,7 +215,7 @@ class Region:
     outer_eps: Tensor
     outer_lower: Tensor
     outer_upper: Tensor
-    _cache: dict[object, Interval] = field(default_factory=dict, repr=False)
+    _cache: dict[object, Interval | Frame] = field(default_factory=dict, repr=False)
 
     # -- construction ------------------------------------------------------------------------------
 
@@ -345,7 +358,8 @@ class Region:
         Raises:
             RegionError: the region has no point in that dtype.
         """
-        if dtype not in self._cache:
+        known = self._cache.get(dtype)
+        if not isinstance(known, Interval):
             low = cast(self.lower.detach(), dtype, math.inf)
             high = cast(self.upper.detach(), dtype, -math.inf)
             void = (low > high).flatten(1).any(1)
@@ -386,7 +400,7 @@ class Region:
         """A member that maximises ⟨a, x⟩, for ``a`` of shape (B, *x), in the dtype of ``a``; the centre where a = 0."""
         low, high = self.inner(a.dtype)
         if self.p == math.inf:
-            middle = self.center.to(a.dtype).clamp(low, high)
+            middle = self.center.detach().to(a.dtype).clamp(low, high)
             return torch.where(a > 0, high, torch.where(a < 0, low, middle))
         slope = a.detach().to(torch.float64)
         cap = torch.where(slope > 0, self.upper - self.center, self.center - self.lower).flatten(1)
@@ -447,7 +461,7 @@ class Region:
     def _place(self, step: Tensor, dtype: torch.dtype) -> Tensor:
         """center + step in ``dtype``, every coordinate rounded towards the centre and into the box."""
         low, high = self.inner(dtype)
-        center = self.center.detach()
+        center, step = self.center.detach(), step.detach()
         point = (center + step).to(dtype)
         far = (point.to(torch.float64) - center).abs() > step.abs()
         towards = center.to(dtype).clamp(low, high)
@@ -465,48 +479,49 @@ class Region:
 
     # -- linear functionals ------------------------------------------------------------------------
 
-    def frame(self, dtype: torch.dtype) -> tuple[Tensor, Interval]:
-        """A reference point and the set around it, in ``dtype``: (origin, [below, above]), offsets in [−below, above].
-
-        The origin is the middle of the box for p = inf (then below = above) and the centre otherwise.
-        Differentiable in the centre.
-        """
+    def frame(self, dtype: torch.dtype) -> Frame:
+        """The set as bounds see it in ``dtype``, rounded outwards; differentiable in the centre."""
+        known = self._cache.get(("frame", dtype))
+        if isinstance(known, Frame):
+            return known
         box = Interval(self.outer_lower, self.outer_upper)
+        middle = self.center
         if self.p == math.inf:
             bounded = torch.isfinite(box.lower) & torch.isfinite(box.upper)
-            middle = torch.where(bounded, box.lower / 2 + box.upper / 2, self.center)
-        else:
-            middle = self.center
+            middle = torch.where(bounded, box.lower / 2 + box.upper / 2, middle)
         origin = middle.to(dtype)
         exact_origin = origin.to(torch.float64)
         below = cast(_add(exact_origin, -box.lower, math.inf), dtype, math.inf)
         above = cast(_add(box.upper, -exact_origin, math.inf), dtype, math.inf)
         if self.p == math.inf:
             below = above = torch.maximum(below, above)
-        return origin, Interval(below, above)
+        hull = Interval(cast(box.lower, dtype, -math.inf), cast(box.upper, dtype, math.inf))
+        frame = Frame(origin, below, above, hull, bool(torch.isfinite(above).all()))
+        if not self.center.requires_grad:
+            self._cache["frame", dtype] = frame
+        return frame
 
-    def reach(self, a: Tensor, frame: tuple[Tensor, Interval] | None = None) -> Tensor:
+    def reach(self, a: Tensor, frame: Frame | None = None) -> Tensor:
         """max ⟨a, x − origin⟩ over the region, for ``a`` of shape (..., B, *x): a dual value of shape (..., B).
 
         Sound: for l2 and l1 it is the dual objective at the multiplier found, and any multiplier >= 0 gives an
         upper bound; so the result is never below the maximum, up to the rounding of its sums in the dtype of ``a``.
         Differentiable in ``a`` and in the centre (envelope theorem).
         """
-        _, (below, above) = frame or self.frame(a.dtype)
+        frame = frame or self.frame(a.dtype)
         rows = a.reshape(*a.shape[: a.ndim - self.center.ndim + 1], -1)
-        below, above = below.flatten(1), above.flatten(1)
-        if self.p == math.inf:
-            gain = rows.abs() * above
-            if not bool(torch.isfinite(above).all()):  # no limit on a feature that does not count
-                gain = torch.where(rows == 0, torch.zeros_like(gain), gain)
-            return gain.sum(-1)
+        below, above = frame.below.flatten(1), frame.above.flatten(1)
+        if self.p == math.inf and frame.bounded:
+            return torch.einsum("...bn,bn->...b", rows.abs(), above)
+        if self.p == math.inf:  # no limit on a feature that does not count
+            return torch.where(rows == 0, 0.0, rows.abs() * above).sum(-1)
         eps = cast(self.outer_eps, a.dtype, math.inf)
         return (_dual_l1 if self.p == 1 else _dual_l2)(rows, below, above, eps)
 
     def support(self, a: Tensor) -> Tensor:
         """max ⟨a, x⟩ over the region, for ``a`` of shape (..., B, *x): shape (..., B). Guarantee: see `reach`."""
         frame = self.frame(a.dtype)
-        inner = (a * frame[0]).flatten(a.ndim - self.center.ndim + 1).sum(-1)
+        inner = (a * frame.origin).flatten(a.ndim - self.center.ndim + 1).sum(-1)
         return inner + self.reach(a, frame)
 
 
@@ -553,7 +568,15 @@ def _level_l2(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
 
 
 def _shrink_l1(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
-    """clip(size − μ, 0, cap) with sum eps: the l1 projection inside caps, by sorting the 2n breakpoints of μ."""
+    """clip(size − μ, 0, cap) with sum eps: the l1 projection inside caps, by sorting the 2n breakpoints of μ.
+
+    No cap exceeds eps, so a gap between two sizes that is wider than eps only tells which is larger: it is
+    narrowed first, and points far away are projected as accurately as near ones.
+    """
+    ordered, place = size.sort(-1, descending=True)
+    gaps = ordered - torch.cat([ordered[..., 1:], torch.zeros_like(ordered[..., :1])], -1)
+    gaps = torch.minimum(gaps, 2 * eps.unsqueeze(-1))
+    size = torch.zeros_like(size).scatter(-1, place, gaps.flip(-1).cumsum(-1).flip(-1))
     points = torch.cat([size, (size - cap).clamp_min(0.0)], -1)
     turns = torch.cat([torch.ones_like(size), -torch.ones_like(size)], -1)
     points, order = points.sort(-1, descending=True)
