@@ -512,7 +512,8 @@ class Region:
         rows = a.reshape(*a.shape[: a.ndim - self.center.ndim + 1], -1)
         below, above = frame.below.flatten(1), frame.above.flatten(1)
         if self.p == math.inf and frame.bounded:
-            return torch.einsum("...bn,bn->...b", rows.abs(), above)
+            by_example = rows.abs().reshape(-1, *rows.shape[-2:]).transpose(0, 1)
+            return torch.matmul(by_example, above.unsqueeze(-1)).squeeze(-1).T.reshape(rows.shape[:-1])
         if self.p == math.inf:  # no limit on a feature that does not count
             return torch.where(rows == 0, 0.0, rows.abs() * above).sum(-1)
         eps = cast(self.outer_eps, a.dtype, math.inf)

@@ -10,7 +10,7 @@ are differentiable in the parameters and in the region's centre.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bound
-from calipers.bounds.state import State, check_spec, start
-from calipers.graph.graph import Graph, Network, Node
+from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start
+from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -141,7 +141,7 @@ def _chunked(
         trace=trace,
     )
     state = None
-    size = _examples(network.graph, network, spec, memory, dtype)
+    size = _examples(network, spec, memory, dtype)
     if len(region) <= size:
         state = begin(region)
         return run(state, spec)
@@ -151,19 +151,15 @@ def _chunked(
     return torch.cat(parts)
 
 
-def _row_bytes(graph: Graph, network: Network, dtype: torch.dtype) -> int:
+def _row_bytes(network: Network, dtype: torch.dtype) -> int:
     """Working memory of one backward row: its widest value, a few times over."""
-    shapes = [network.input_shape, *(n.shape for n in graph.nodes if n.name in graph.active)]
-    return 6 * dtype.itemsize * max(math.prod(s) for s in shapes)
+    return 6 * dtype.itemsize * max(math.prod(network.input_shape), network.graph.widest)
 
 
-def _examples(
-    graph: Graph, network: Network, spec: Spec, memory: int | None, dtype: torch.dtype | None
-) -> int:
-    from calipers.bounds.state import DEFAULT_MEMORY
-
-    row = _row_bytes(graph, network, dtype or network.dtype)
-    values = 4 * len(graph.nodes) * row // 6
+def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dtype | None) -> int:
+    """How many examples to take at a time: their values and intervals, and the functionals' rows."""
+    row = _row_bytes(network, dtype or network.dtype)
+    values = len(network.graph.nodes) * row
     return max(1, (memory or DEFAULT_MEMORY) // (row * max(spec.C.shape[1], 2) + values))
 
 
@@ -246,15 +242,31 @@ def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
 
 def _functionals(state: State, C: Tensor, d: Tensor) -> Tensor:
     """CROWN's pass for rows C of the output over the current boxes: (B, M)."""
-    graph = state.network.graph
-    rows = _rows_per_chunk(state)
-    low = torch.cat([lower_bound(state, graph.output, part) for part in C.split(rows)])
-    return _at_reference(state, C, d) + low.T
+    output = state.network.graph.output
+    parts = [
+        torch.cat([lower_bound(part, output, C[rows, span]) for rows in cuts])
+        for part, span, cuts in _parts(state, [len(C)] * state.batch)
+    ]
+    return _at_reference(state, C, d) + torch.cat(parts, 1).T
 
 
-def _rows_per_chunk(state: State) -> int:
-    row = _row_bytes(state.network.graph, state.network, state.dtype) * state.batch
-    return max(1, state.memory // row)
+def _parts(state: State, counts: list[int]) -> Iterator[tuple[State, slice, list[slice]]]:
+    """Cut a batch with ``counts`` rows per example into runs of examples, and those into row ranges, so that
+    one piece fits the budget: big examples alone, small ones together."""
+    row = _row_bytes(state.network, state.dtype)
+    limit = max(1, state.budget // row)  # rows in one piece
+    first = 0
+    while first < state.batch:
+        last, widest = first + 1, counts[first]
+        while last < state.batch and max(widest, counts[last]) * (last + 1 - first) <= limit:
+            widest = max(widest, counts[last])
+            last += 1
+        span = slice(first, last)
+        step = max(2, limit // (last - first) // 2 * 2)  # an element's two rows stay together
+        whole = first == 0 and last == state.batch
+        cuts = [slice(i, i + step) for i in range(0, widest, step)]
+        yield state if whole else state.part(span), span, cuts
+        first = last
 
 
 def _tightener(state: State) -> Callable[[State, Node], None]:
@@ -289,33 +301,39 @@ def _undecided(
     return torch.ones_like(known.lower, dtype=torch.bool).flatten(1)
 
 
-@torch.no_grad()
-def _padded(mask: Tensor) -> Tensor:
-    """(S, B) positions that cover each row of ``mask`` (B, N); shorter rows are filled up with others."""
-    count = int(mask.sum(1).max())
-    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count].T
-
-
 def _refine(state: State, name: str, mask: Tensor) -> None:
-    """Meet the interval of ``name`` with CROWN's on the elements of ``mask``."""
-    index = _padded(mask)
-    if not len(index):
+    """Meet the interval of ``name`` with CROWN's on the elements of ``mask`` (B, N)."""
+    counts = mask.sum(1).tolist()
+    if not any(counts):
         return
-    rows = max(1, _rows_per_chunk(state) // 2)
-    parts = [both_bounds(state, name, part) for part in index.split(rows)]
-    low = torch.cat([p.lower for p in parts]).T
-    high = torch.cat([p.upper for p in parts]).T
-    known = state.boxes[name]
-    old_low, old_high = known.lower.flatten(1), known.upper.flatten(1)
-    columns = index.T
-    new_low = torch.maximum(low, old_low.gather(1, columns))
-    new_high = torch.minimum(high, old_high.gather(1, columns))
+    # each example's wanted positions first; shorter lists are filled up with others
+    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    low, high = (end.flatten(1) for end in state.boxes[name])
+    lows, highs = [], []
+    for part, span, cuts in _parts(state, [2 * c for c in counts]):
+        index = order[span, : max(counts[span])]
+        bounds = [both_bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
+        found = [torch.cat(ends).T for ends in zip(*bounds, strict=True)] if bounds else None
+        pair = _narrowed(low[span], high[span], index, *found) if found else (low[span], high[span])
+        lows.append(pair[0])
+        highs.append(pair[1])
+    shape = state.boxes[name].lower.shape
+    state.boxes[name] = Interval(torch.cat(lows).reshape(shape), torch.cat(highs).reshape(shape))
+
+
+def _halved(cut: slice) -> slice:
+    """Each element is two rows, its lower and its upper side."""
+    return slice(cut.start // 2, cut.stop // 2)
+
+
+def _narrowed(
+    low: Tensor, high: Tensor, index: Tensor, new_low: Tensor, new_high: Tensor
+) -> tuple[Tensor, Tensor]:
+    old_low, old_high = low.gather(1, index), high.gather(1, index)
+    new_low, new_high = torch.maximum(new_low, old_low), torch.minimum(new_high, old_high)
     # ends that cross (by rounding, on a point region) or NaN leave the interval as it was
     good = new_low <= new_high
-    new_low = torch.where(good, new_low, old_low.gather(1, columns))
-    new_high = torch.where(good, new_high, old_high.gather(1, columns))
-    shape = known.lower.shape
-    state.boxes[name] = Interval(
-        old_low.scatter(1, columns, new_low).reshape(shape),
-        old_high.scatter(1, columns, new_high).reshape(shape),
+    return (
+        low.scatter(1, index, torch.where(good, new_low, old_low)),
+        high.scatter(1, index, torch.where(good, new_high, old_high)),
     )

@@ -82,8 +82,7 @@ class _Pull:
 
     def _walk(self, *, skip: bool = False) -> tuple[Tensor, Tensor]:
         graph = self.state.network.graph
-        order = [n.name for n in graph.nodes]
-        last = order.index(self.name)
+        last = graph.position[self.name]
         for node in reversed(graph.nodes[: last if skip else last + 1]):
             if node.name in self.rows and not self.stop(node.name):
                 self._step(node, self.rows.pop(node.name))
@@ -130,10 +129,11 @@ class _Pull:
 def concretise(state: State, name: str, A: Tensor) -> Tensor:
     """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere."""
     if name in state.network.graph.inputs:
-        low = -state.region.reach(-A, state.frame)
-        size = state.once("input radius", name, lambda: _deviation(state, name))
+        symmetric = math.isinf(state.region.p)
+        low = -state.region.reach(A if symmetric else -A, state.frame)
+        size = state.once("deviation", name, _deviation) if state.rigorous else A
     else:
-        below, above = state.once("sides", name, lambda: _sides(state, name))
+        below, above = state.once("sides", name, _sides)
         middle, half = (above - below) * 0.5, (above + below) * 0.5
         low = _dot(A, middle) - _dot(A.abs(), half)
         size = half + middle.abs()
@@ -156,8 +156,8 @@ def _dot(A: Tensor, v: Tensor) -> Tensor:
     """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
     rows, vector = A.flatten(2), v.flatten(1)
     if rows.shape[1] == 1:
-        return rows[:, 0] @ vector.T
-    return torch.einsum("sbn,bn->sb", rows, vector)
+        return (rows[:, 0] @ vector[0]).unsqueeze(1)
+    return torch.matmul(rows.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T
 
 
 # -- affine -------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
     if not state.rigorous:
         return None
 
-    def make() -> Tensor | None:
+    def make(state: State, _: str) -> Tensor | None:
         args, kwargs = state.arguments(node)
         gamma = state.gamma(kind.terms(*args, **kwargs))
         if not gamma:
@@ -218,8 +218,7 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
             size: Tensor = node.op(*absolute, **kwargs)
             return gamma * size
 
-    noise: Tensor | None = state.once("noise", node.name, make)
-    return noise
+    return state.once("noise", node.name, make)
 
 
 def _absolute(value: Any) -> Any:
@@ -266,7 +265,7 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
 def _activation(
     state: State, kind: Activation, node: Node, A: Tensor
 ) -> tuple[Parts, Tensor | None]:
-    relaxed: _Relaxed = state.once("lines", node.name, lambda: _relaxed(state, kind, node))
+    relaxed = state.once("lines", node.name, lambda s, _: _relaxed(s, kind, node))
     size = A.abs()
     bias = _dot(A, relaxed.offset) - _dot(size, relaxed.gap)
     rows = (A * relaxed.mid).addcmul_(size, relaxed.half, value=-1.0)
@@ -355,7 +354,7 @@ def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
 
 
 def _extremum(state: State, kind: Extremum, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
-    w: _Windows = state.once("windows", node.name, lambda: _windows(state, kind, node))
+    w = state.once("windows", node.name, lambda s, _: _windows(s, kind, node))
     rows = A.flatten(2)
     plus, minus = rows.clamp_min(0), rows.clamp_max(0)
     bias = _dot(plus, w.low_gap) + _dot(minus, w.high_gap)

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from calipers.errors import UnsupportedOp
 from calipers.graph.graph import Network, Node, bind, concrete, resolve, walk
-from calipers.ops import Kind, kind_of, unsupported
-from calipers.sets import Interval, Region, cast
+from calipers.ops import Kind, kinds, unsupported
+from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
 
+T = TypeVar("T")
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
+CACHE = 8 << 20  # on a CPU, backward rows are worked on in pieces of this many bytes: it is faster
 
 
 @dataclass(eq=False)
@@ -30,7 +32,7 @@ class State:
 
     Args:
         env: parameters, constants and the reference trace, by value name.
-        frame: the region's origin and reach in the working dtype.
+        frame: the region in the working dtype.
         gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
         memory: bytes of working memory to plan for.
     """
@@ -38,19 +40,27 @@ class State:
     network: Network
     region: Region
     env: dict[str, Any]
-    frame: tuple[Tensor, Interval]
+    frame: Frame
     rigorous: bool
     memory: int
     boxes: dict[str, Interval] = field(default_factory=dict)
     cache: dict[tuple[str, str], Any] = field(default_factory=dict)
+    parent: State | None = None
+    span: slice = field(default_factory=lambda: slice(None))  # of the parent's examples
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.frame[0].dtype
+        return self.frame.origin.dtype
 
     @property
     def batch(self) -> int:
-        return len(self.frame[0])
+        return len(self.frame.origin)
+
+    @property
+    def budget(self) -> int:
+        """Bytes for the rows of one backward pass."""
+        on_cpu = self.frame.origin.device.type == "cpu"
+        return min(self.memory, CACHE) if on_cpu else self.memory
 
     def gamma(self, n: int) -> float:
         """The rounding factor of a sum of n products in any order, doubled for the accounting's own rounding."""
@@ -61,7 +71,7 @@ class State:
         return 2 * product / (1 - product) if product < 0.5 else math.inf
 
     def kind(self, node: Node) -> Kind:
-        kind = kind_of(self.network.graph, node)
+        kind = kinds(self.network.graph)[node.name]
         if kind is None:  # `start` has refused such graphs
             raise UnsupportedOp([describe(node)], REMEDY)
         return kind
@@ -76,11 +86,39 @@ class State:
         graph = self.network.graph
         return self.network.input_shape if name in graph.inputs else graph.node[name].shape
 
-    def once(self, what: str, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, what: str, name: str, make: Callable[[State, str], T]) -> T:
+        """``make(state, name)``, computed once for the whole batch and cut to this part of it."""
+        if self.parent is not None:
+            return _cut(self.parent.once(what, name, make), self.span)
         key = (what, name)
         if key not in self.cache:
-            self.cache[key] = make()
-        return self.cache[key]
+            self.cache[key] = make(self, name)
+        value: T = self.cache[key]
+        return value
+
+    def part(self, span: slice) -> State:
+        """The same computation for some of the examples; views, not copies."""
+        active = self.network.graph.active
+        return State(
+            self.network,
+            self.region[span],
+            {k: v[span] if k in active else v for k, v in self.env.items()},
+            _cut(self.frame, span),
+            self.rigorous,
+            self.memory,
+            {k: _cut(v, span) for k, v in self.boxes.items()},
+            parent=self,
+            span=span,
+        )
+
+
+def _cut(value: Any, span: slice) -> Any:
+    """The examples ``span`` of a tensor or of each tensor in a named tuple."""
+    if isinstance(value, Tensor):
+        return value[span]
+    if isinstance(value, tuple):
+        return type(value)(*(_cut(v, span) for v in value))  # named tuples only
+    return value
 
 
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"
@@ -122,12 +160,9 @@ def start(
     _require_eval(env)
     frame = region.frame(working)
     state = State(network, region, env, frame, rigorous, memory or DEFAULT_MEMORY)
-    low, high = region.hull()
-    state.boxes[graph.inputs[0]] = Interval(
-        cast(low, working, -math.inf), cast(high, working, math.inf)
-    )
+    state.boxes[graph.inputs[0]] = frame.hull
     if trace:
-        env[graph.inputs[0]] = frame[0]
+        env[graph.inputs[0]] = frame.origin
         walk(graph, env, concrete)
     else:
         for node in graph.nodes:
@@ -154,7 +189,7 @@ def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
             f"spec: C has shape {tuple(spec.C.shape)}, expected ({state.batch}, M, {outputs[0]}) "
             "for this batch and network"
         )
-    device = state.frame[0].device
+    device = state.frame.origin.device
     C = spec.C.to(device=device, dtype=state.dtype)
     return C.transpose(0, 1), spec.d.to(device=device, dtype=state.dtype).transpose(0, 1)
 

@@ -7,10 +7,12 @@ A `Graph` holds no tensors but its constants: `bind` looks parameters up in a mo
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +86,15 @@ class Graph:
     @cached_property
     def node(self) -> Mapping[str, Node]:
         return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        return {node.name: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest per-example number of elements of a node that depends on the input."""
+        return max((math.prod(n.shape) for n in self.nodes if n.name in self.active), default=1)
 
     @cached_property
     def last_use(self) -> Mapping[str, tuple[str, ...]]:
@@ -212,12 +223,14 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its floating-point parameters (float32 if it has none)."""
-        tensors = [
-            *self.module.parameters(),
-            *self.module.buffers(),
-            *self.graph.constants.values(),
-        ]
-        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        names = (name for name in self.graph.params.values() if not name.endswith(":training"))
+        for tensor in chain(
+            (operator.attrgetter(name)(self.module) for name in names), self.graph.constants.values()
+        ):
+            if tensor.is_floating_point():
+                dtype: torch.dtype = tensor.dtype
+                return dtype
+        return torch.float32
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -30,9 +31,13 @@ OPS: dict[Callable[..., Any], Kind] = {
 }
 
 
+_KNOWN: WeakKeyDictionary[Graph, dict[str, Kind | None]] = WeakKeyDictionary()
+
+
 def register(op: Callable[..., Any], kind: Kind) -> None:
     """Add or replace the description of ``op``."""
     OPS[op] = kind
+    _KNOWN.clear()
 
 
 def kind_of(graph: Graph, node: Node) -> Kind | None:
@@ -48,11 +53,18 @@ def kind_of(graph: Graph, node: Node) -> Kind | None:
     if isinstance(kind, Affine):
         fits = {"first": perturbed == [0], "one": len(perturbed) == 1, "any": True}
         return kind if fits[kind.perturbed] else None
-    if perturbed != [0]:
-        return None
-    return kind
+    return kind if perturbed == [0] else None
+
+
+def kinds(graph: Graph) -> dict[str, Kind | None]:
+    """The kind of every active node by name, looked up once per graph."""
+    known = _KNOWN.get(graph)
+    if known is None:
+        known = {n.name: kind_of(graph, n) for n in graph.nodes if n.name in graph.active}
+        _KNOWN[graph] = known
+    return known
 
 
 def unsupported(graph: Graph) -> list[Node]:
     """The nodes that bounds cannot read."""
-    return [n for n in graph.nodes if n.name in graph.active and kind_of(graph, n) is None]
+    return [graph.node[name] for name, kind in kinds(graph).items() if kind is None]

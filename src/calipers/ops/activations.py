@@ -54,13 +54,11 @@ def _one_sided(x: Interval, *_: Any) -> Tensor:
 
 
 def _relu_relax(x: Interval) -> Lines:
+    """The chord above; below, slope 1 where u > −l and 0 elsewhere. Stable neurons fall out as 1 or 0."""
     l, u = x
-    crossing = (l < 0) & (u > 0)
-    active = (l >= 0).to(l.dtype)
-    slope = torch.where(crossing, u / torch.where(crossing, u - l, 1.0), active)
-    zero = torch.zeros_like(l)
-    lower_slope = torch.where(crossing, (u > -l).to(l.dtype), active)
-    return Lines(lower_slope, zero, slope, torch.where(crossing, -slope * l, zero))
+    below, above = l.clamp_max(0.0), u.clamp_min(0.0)
+    slope = above / (above - below).clamp_min(torch.finfo(l.dtype).tiny)
+    return Lines((u > -l).to(l.dtype), torch.zeros_like(l), slope, -slope * below)
 
 
 def _leaky_image(x: Interval, slope: float = 0.01) -> Interval:

@@ -1,0 +1,74 @@
+"""The two one-line calls: labels in, points or certified margins out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from calipers.attacks import pgd
+from calipers.bounds import crown
+from calipers.errors import DataError
+from calipers.graph.graph import Network
+from calipers.seeds import seeds as seeds_of
+from calipers.sets import ThreatModel
+from calipers.spec import Spec
+
+AUTO = partial(pgd, steps=40, step_size=0.1, restarts=5, loss="margin", drop=True)
+
+
+def attack(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    method: Callable[..., Tensor] = AUTO,
+    seed: int = 0,
+) -> Tensor:
+    """For every example the point of lowest margin that ``method`` found: (B, *x), in the dtype of ``x``.
+
+    All points lie strictly in their sets. Whether one breaks the model is decided by `calipers.witness`.
+
+    Raises:
+        DataError: inputs outside the domain, not finite, or not floating point.
+        ValueError: labels that the model's outputs do not have.
+    """
+    region = threat.around(x)
+    with torch.no_grad():
+        classes = model(x[:1]).shape[-1]
+    spec = Spec.label(y, classes)
+    seeds = seeds_of(x, seed, "attack")
+    return method(model, region, spec, seeds=seeds, dtype=x.dtype)
+
+
+def bound(
+    network: Network,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    method: Callable[..., Tensor] = crown,
+    memory: int | None = None,
+) -> Tensor:
+    """Certified margins over the rivals in class order, (B, K − 1): never above the true minimum.
+
+    Computed in float64 with the rounding of the computation subtracted, so a positive row proves robustness of the stored
+    parameters in real arithmetic.
+
+    Raises:
+        UnsupportedOp: an op of the network has no entry in the op table.
+        DataError, ValueError: as `attack`.
+    """
+    if not isinstance(network, Network):
+        raise DataError(
+            f"network: bounds need a captured network, not {type(network).__name__}; "
+            "call calipers.capture(model, example) first"
+        )
+    spec = Spec.label(y, network.num_classes)
+    with torch.no_grad():
+        return method(
+            network, threat.around(x), spec, dtype=torch.float64, rigorous=True, memory=memory
+        )
