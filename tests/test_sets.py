@@ -164,7 +164,8 @@ def test_euclidean_projection_against_slsqp(seed: int) -> None:
     eps, options = 0.6, {"ftol": 1e-12, "maxiter": 500}
     x = torch.from_numpy(c)[None]
     two = scipy.optimize.minimize(
-        lambda v: ((v - z) ** 2).sum(), c, jac=lambda v: 2 * (v - z), bounds=[(0, 1)] * n, method="SLSQP", options=options,
+        lambda v: ((v - z) ** 2).sum(), c, jac=lambda v: 2 * (v - z), bounds=[(0, 1)] * n,
+        method="SLSQP", options=options,
         constraints=[{"type": "ineq", "fun": lambda v: eps**2 - ((v - c) ** 2).sum(), "jac": lambda v: -2 * (v - c)}],
     )  # fmt: skip
     got = ThreatModel(2, eps).around(x).project(torch.from_numpy(z)[None])[0].numpy()
@@ -206,7 +207,8 @@ def test_support_and_maximizer_against_slsqp(seed: int) -> None:
     n = 5
     c, a, eps = generator.random(n), generator.standard_normal(n), 0.7
     result = scipy.optimize.minimize(
-        lambda v: -a @ v, c, jac=lambda v: -a, bounds=[(0, 1)] * n, method="SLSQP", options={"ftol": 1e-12, "maxiter": 500},
+        lambda v: -a @ v, c, jac=lambda v: -a, bounds=[(0, 1)] * n,
+        method="SLSQP", options={"ftol": 1e-12, "maxiter": 500},
         constraints=[{"type": "ineq", "fun": lambda v: eps**2 - ((v - c) ** 2).sum(), "jac": lambda v: -2 * (v - c)}],
     )  # fmt: skip
     region = ThreatModel(2, eps).around(torch.from_numpy(c)[None])
@@ -271,7 +273,7 @@ def test_maximizer_attains_the_maximum(drawn: tuple[Case, Tensor, Tensor]) -> No
 
 @given(cases())
 def test_support_is_the_maximum(drawn: tuple[Case, Tensor, Tensor]) -> None:
-    case, z, a = drawn
+    case, _, a = drawn
     g.check_support(case, a)
     region = case.region
     frame = region.frame(a.dtype)
@@ -291,6 +293,17 @@ def test_contains_is_exact_next_to_the_boundary(
             point = torch.nextafter(point, towards.to(point.dtype))
     g.check_contains(region, case.x)
     assert region.contains(case.x).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("small", [1e-15, 1e-20, 1e-30, 1e-38, 1e-42, 1e-200])
+@pytest.mark.parametrize("p", NORMS)
+def test_slopes_of_very_different_size(p: float, small: float, dtype: torch.dtype) -> None:
+    """Once the large slopes are at their caps the small ones share the radius; their squares underflow."""
+    a = torch.tensor([[[1.0, small, 0.0, -small, small / 2]]], dtype=dtype)
+    case = Case(torch.tensor([[0.5, 0.1, 0.2, 0.9, 0.0]], dtype=dtype), p, 1)
+    g.check_support(case, a)
+    g.check_maximizer(case, a[0])
 
 
 @pytest.mark.parametrize("p", NORMS)
@@ -491,6 +504,17 @@ def test_gradients_flow_in_float32_and_points_are_constants(p: float) -> None:
         assert not point.requires_grad
 
 
+@pytest.mark.parametrize("p", NORMS)
+def test_several_backward_passes_through_one_region(p: float) -> None:
+    """What a region caches holds no graph; sides that carry gradients count as well as centres do."""
+    x, side = torch.rand(2, 3), torch.zeros(3, requires_grad=True)
+    a = -torch.ones(2, 3)
+    region = ThreatModel(p, 5.0, side, 1.0).around(x)
+    slopes = [torch.autograd.grad(region.support(a).sum(), side)[0] for _ in range(2)]
+    assert torch.equal(slopes[0], slopes[1])
+    torch.testing.assert_close(slopes[0], torch.full((3,), -2.0))  # every lower side is active
+
+
 # -- steepest -------------------------------------------------------------------------------------
 
 
@@ -657,7 +681,8 @@ def test_hull_is_the_smallest_box(p: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_region_without_a_point_in_the_dtype_says_so(p: float, dtype: torch.dtype) -> None:
     region = ThreatModel(p, 1e-12).around(torch.full((2, 3), 0.1, dtype=torch.float64))
-    for call in (lambda: region.project(torch.zeros(2, 3, dtype=dtype)), lambda: region.maximizer(torch.ones(2, 3, dtype=dtype)),
+    for call in (lambda: region.project(torch.zeros(2, 3, dtype=dtype)),
+                 lambda: region.maximizer(torch.ones(2, 3, dtype=dtype)),
                  lambda: region.sample(torch.arange(2), dtype), lambda: region.inner(dtype)):  # fmt: skip
         with pytest.raises(RegionError, match="2 of 2 regions contain no point"):
             call()

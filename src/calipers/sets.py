@@ -369,8 +369,8 @@ class Region:
                 raise RegionError(
                     f"{int(void.sum())} of {len(low)} regions contain no point in {dtype}; use a wider dtype"
                 )
-            self._cache[dtype] = Interval(low, high)
-        return self._cache[dtype]
+            known = self._cache[dtype] = Interval(low, high)
+        return known
 
     def _centred(self, dtype: torch.dtype) -> bool:
         """Whether every centre is a number of ``dtype``."""
@@ -468,7 +468,7 @@ class Region:
         point = torch.where(far, torch.nextafter(point, towards), point).clamp(low, high)
         if not self._centred(
             dtype
-        ):  # then rounding may lead out: pull back towards the member next to the centre
+        ):  # rounding may lead out: pull back towards the member nearest the centre
             for share in (0.99, 0.9, 0.5, 0.0):
                 out = ~self.contains(point)
                 if not bool(out.any()):
@@ -497,7 +497,9 @@ class Region:
             below = above = torch.maximum(below, above)
         hull = Interval(cast(box.lower, dtype, -math.inf), cast(box.upper, dtype, math.inf))
         frame = Frame(origin, below, above, hull, bool(torch.isfinite(above).all()))
-        if not self.center.requires_grad:
+        if not any(
+            part.requires_grad for part in (origin, below, above)
+        ):  # a graph serves one backward pass
             self._cache["frame", dtype] = frame
         return frame
 
@@ -513,7 +515,9 @@ class Region:
         below, above = frame.below.flatten(1), frame.above.flatten(1)
         if self.p == math.inf and frame.bounded:
             by_example = rows.abs().reshape(-1, *rows.shape[-2:]).transpose(0, 1)
-            return torch.matmul(by_example, above.unsqueeze(-1)).squeeze(-1).T.reshape(rows.shape[:-1])
+            return (
+                torch.matmul(by_example, above.unsqueeze(-1)).squeeze(-1).T.reshape(rows.shape[:-1])
+            )
         if self.p == math.inf:  # no limit on a feature that does not count
             return torch.where(rows == 0, 0.0, rows.abs() * above).sum(-1)
         eps = cast(self.outer_eps, a.dtype, math.inf)
@@ -553,6 +557,13 @@ def _level(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
         rest = (budget - torch.where(capped, limit, 0.0).sum(-1)).clamp_min(0.0)
         free = torch.where(capped, 0.0, square).sum(-1)
         better = torch.where(free > 0, (rest / free.clamp_min(1e-300)).sqrt(), t)
+        tiny = ~fits & (free < 1e-30)
+        if bool(tiny.any()):  # the squares of what is not capped underflow: rescale
+            loose = torch.where(capped, 0.0, size)
+            peak = loose.amax(-1)
+            unit = loose / torch.where(peak > 0, peak, 1.0).unsqueeze(-1)
+            rescaled = (rest / unit.square().sum(-1).clamp_min(1.0)).sqrt() / peak
+            better = torch.where(tiny & (peak > 0), rescaled, better)
         if bool((fits | (better <= t * (1 + 1e-14))).all()):
             break
         t = torch.maximum(t, better)
