@@ -497,9 +497,8 @@ class Region:
             below = above = torch.maximum(below, above)
         hull = Interval(cast(box.lower, dtype, -math.inf), cast(box.upper, dtype, math.inf))
         frame = Frame(origin, below, above, hull, bool(torch.isfinite(above).all()))
-        if not any(
-            part.requires_grad for part in (origin, below, above)
-        ):  # a graph serves one backward pass
+        # what carries gradients is built anew for each use
+        if not any(t.requires_grad for t in (self.center, self.outer_lower, self.outer_upper)):
             self._cache["frame", dtype] = frame
         return frame
 
