@@ -1,0 +1,167 @@
+"""The command line. Importing it imports neither torch nor any heavy package; each command imports what it runs.
+
+Every expected error (`CalipersError`, a bad argument, a missing file) becomes one paragraph on stderr and exit code 2.
+Results go to stdout, progress to stderr, files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calipers import __version__
+from calipers.errors import CalipersError
+
+app = typer.Typer(
+    name="calipers",
+    help="Bracket the adversarial robustness of a neural network: certified <= robust <= empirical accuracy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo; the built-in digits network if left out.",
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A .safetensors or .pt state dict for MODEL (read weights-only)."),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(metavar="N,N,...", help="Shape of one input; the data's if left out."),
+]
+DataName = Annotated[
+    str, typer.Option("--data", help="digits, mnist, cifar10, FILE.npz with x and y, or a folder.")
+]
+DataDir = Annotated[Path | None, typer.Option(help="Where mnist or cifar10 files are.")]
+Norm = Annotated[str, typer.Option(metavar="linf|l2|l1", help="The norm that limits a change.")]
+Eps = Annotated[
+    str, typer.Option(metavar="E", help="Radius in input units, read exactly: 0.1 or 8/255.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of samples and random starts.")]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app(prog_name="calipers")
+    except (CalipersError, ValueError, OSError) as error:
+        if os.environ.get("CALIPERS_TRACEBACK"):
+            raise
+        sys.stderr.write(f"calipers: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"calipers {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+@app.command()
+def audit(
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    norm: Norm = "linf",
+    eps: Eps = "0.1",
+    samples: Annotated[
+        int | None, typer.Option(help="Audit this many examples, drawn at random.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...", help="Only these stages of the cascade (calipers methods)."
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Keep finished work here; goes on where it stopped.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML file.")] = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+    allow_softmax: Annotated[
+        bool, typer.Option("--allow-softmax", help="Measure a model that returns probabilities.")
+    ] = False,
+) -> None:
+    """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
+    from calipers.cli import commands
+
+    interrupted = commands.audit(
+        commands.Subject(model, weights, input_shape, data, data_dir, norm, eps),
+        samples=samples,
+        budget=budget,
+        methods=methods,
+        run=run,
+        json_file=json,
+        report=report,
+        seed=seed,
+        allow_softmax=allow_softmax,
+    )
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def explain(
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    norm: Norm = "linf",
+    eps: Eps = "0.1",
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+) -> None:
+    """Every method's value and time for one example, nested."""
+    from calipers.cli import commands
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, eps)
+    commands.explain(subject, index=index, seed=seed)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo.")
+    ],
+    weights: Weights = None,
+    input_shape: InputShape = None,
+) -> None:
+    """Layers, parameters, operators of MODEL, and what each method supports."""
+    from calipers.cli import commands
+
+    commands.inspect(model, weights, input_shape)
+
+
+@app.command()
+def methods() -> None:
+    """Every method by the side it works on."""
+    from calipers.cli import commands
+
+    commands.methods()

@@ -1,0 +1,218 @@
+"""What the commands do, with the heavy imports."""
+
+from __future__ import annotations
+
+import inspect as python_inspect
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from calipers.attacks import ATTACKS
+from calipers.bounds import BOUNDS
+from calipers.data import Data, load
+from calipers.errors import ModelError, unknown_name
+from calipers.evaluate import audit as run_audit
+from calipers.evaluate import explain as run_explain
+from calipers.evaluate.cascade import default_cascade, select
+from calipers.evaluate.fold import Progress
+from calipers.evaluate.store import write_atomically
+from calipers.graph.graph import Network
+from calipers.models import load_model
+from calipers.sets import ThreatModel
+from calipers.zoo import ZOO
+
+DEFAULT_MODEL = "digits_pgd"
+NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, as the command line says it."""
+
+    model: str | None
+    weights: Path | None
+    input_shape: str | None
+    data: str
+    data_dir: Path | None
+    norm: str
+    eps: str
+
+    @property
+    def name(self) -> str:
+        """The model's name without its folder."""
+        return Path(self.model or DEFAULT_MODEL).name
+
+    def load(self) -> tuple[Network, Data, ThreatModel]:
+        """Cheapest first, so that a typing error shows at once."""
+        if self.norm not in NORMS:
+            raise unknown_name("norm", self.norm, NORMS)
+        ThreatModel(NORMS[self.norm], self.eps)
+        data = load(self.data, data_dir=self.data_dir)
+        threat = ThreatModel(NORMS[self.norm], self.eps, data.lower, data.upper)
+        shape = shape_of(self.input_shape) or tuple(data.x.shape[1:])
+        return load_model(self.model or DEFAULT_MODEL, self.weights, shape), data, threat
+
+
+def audit(
+    subject: Subject,
+    *,
+    samples: int | None,
+    budget: str | None,
+    methods: str | None,
+    run: Path | None,
+    json_file: Path | None,
+    report: Path | None,
+    seed: int,
+    allow_softmax: bool,
+) -> bool:
+    """Run, print, write; returns whether Ctrl-C ended it early."""
+    for option, file in (("--json", json_file), ("--report", report)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{option}: the folder {file.parent} does not exist")
+    seconds = None if budget is None else seconds_of(budget)
+    names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
+    if names is not None:
+        select(names)  # a typing error shows before anything is loaded
+    network, data, threat = subject.load()
+    with _progress() as show:
+        result = run_audit(
+            network,
+            data,
+            threat,
+            seconds=seconds,
+            samples=samples,
+            seed=seed,
+            run=run,
+            cascade=None if names is None else select(names, network),
+            progress=show,
+            allow_softmax=allow_softmax,
+            name=subject.name,
+        )
+    _console().print(result.table())
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(result.json(), indent=2, allow_nan=False) + "\n")
+    if report is not None:
+        result.report(report)
+        sys.stderr.write(f"report: {report}\n")
+    return result.stopped == "interrupted"
+
+
+def explain(subject: Subject, *, index: int, seed: int) -> None:
+    network, data, threat = subject.load()
+    _console().print(run_explain(network, data, threat, index=index, seed=seed).table())
+
+
+def inspect(model: str, weights: Path | None, input_shape: str | None) -> None:
+    network = load_model(model, weights, shape_of(input_shape))
+    from calipers.graph.inspect import inspect as inspect_network
+
+    console = _console()
+    for line in inspect_network(network).lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def methods() -> None:
+    """Tables by side; what is not there yet is said."""
+    sides: Sequence[tuple[str, dict[str, Callable[..., Any]]]] = (
+        ("Lower bound of the adversary's loss (attacks: the upper end of the margin)", ATTACKS),
+        ("Exact", {}),
+        ("Upper bound of the adversary's loss (bounds: the lower end of the margin)", BOUNDS),
+        ("Outer minimisation (training)", {}),
+    )
+    console = _console()
+    for title, entries in sides:
+        console.print(Text(title, style="bold"))
+        table = Table.grid(padding=(0, 2))
+        for name, method in entries.items():
+            table.add_row(f"  {name}", Text(_summary(method)))
+        console.print(table if entries else Text("  none in this version", style="dim"))
+    stages = ", ".join(stage.name for stage in default_cascade())
+    console.print(Text(f"Stages of an audit, in order: {stages}", style="bold"))
+    console.print(Text(f"Models of the zoo: {', '.join(ZOO)}"))
+
+
+def _summary(method: Callable[..., Any]) -> str:
+    return (python_inspect.getdoc(method) or "").split("\n")[0]
+
+
+def seconds_of(text: str) -> float:
+    """``90``, ``90s``, ``10m`` or ``1.5h`` in seconds.
+
+    Raises:
+        ValueError: anything else, or zero.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", text.strip())
+    if not found or not float(found[1]):
+        raise ValueError(f"--budget: cannot read {text!r}; write a time such as 90s, 10m or 1.5h")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """``1,28,28`` as a tuple.
+
+    Raises:
+        ModelError: not positive integers, or more numbers than memory would hold.
+    """
+    if text is None:
+        return None
+    parts = re.split(r"[,x]", text.strip())
+    if not all(re.fullmatch(r"[1-9]\d{0,8}", p.strip()) for p in parts) or not parts:
+        raise ModelError(f"--input-shape: cannot read {text!r}; write positive numbers, as 1,28,28")
+    shape = tuple(map(int, parts))
+    if math.prod(shape) > 2**28:
+        raise ModelError(
+            f"--input-shape: {text} has {math.prod(shape):,} numbers; at most {2**28:,}"
+        )
+    return shape
+
+
+def _console() -> Console:
+    """Standard output: as wide as the terminal, or 120 columns in a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line per finished stage elsewhere; on standard error."""
+    if not sys.stderr.isatty():
+        yield _plain
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checks", total=None, counts="")
+
+        def show(at: Progress) -> None:
+            bar.update(
+                task, description=at.stage, completed=at.done, total=at.total, counts=_counts(at)
+            )
+
+        yield show
+
+
+def _plain(at: Progress) -> None:
+    if at.done == at.total:
+        sys.stderr.write(f"{at.stage}: {at.total} tried; {_counts(at)}\n")
+        sys.stderr.flush()
+
+
+def _counts(at: Progress) -> str:
+    return f"{at.robust} certified, {at.unknown} unknown, {at.vulnerable} broken"

@@ -1,0 +1,161 @@
+"""The audit: robust accuracy as an interval, with a bracket per example."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from calipers import __version__
+from calipers.bracket import Bracket, Model
+from calipers.data import Data, checked
+from calipers.evaluate.cascade import Stage, default_cascade
+from calipers.evaluate.checks import batches, check, evaluating, onnxruntime_replica
+from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
+from calipers.evaluate.result import Audit
+from calipers.evaluate.store import Store, code_digest, model_digest
+from calipers.graph.capture import capture
+from calipers.graph.graph import Network
+from calipers.sets import ThreatModel
+
+
+def audit(
+    model: Network | nn.Module,
+    data: Data | tuple[Tensor, Tensor],
+    threat: ThreatModel,
+    *,
+    seconds: float | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    run: str | Path | None = None,
+    cascade: Sequence[Stage] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    replicas: Sequence[Model] = (),
+    allow_softmax: bool = False,
+    chunk: int = CHUNK,
+    name: str = "",
+) -> Audit:
+    """certified accuracy <= robust accuracy <= empirical accuracy, with a bracket per example.
+
+    The model is evaluated in evaluation mode and left as it was. Bounds run in float64 with rounding accounted for; an
+    attack counts only through `witness`, replayed alone, in float64 and in onnxruntime. Whatever goes wrong in a
+    method (an operator without a rule, too little memory, NaN) leaves its examples unknown, with the reason in its row.
+
+    Args:
+        data: examples in the threat's domain and their labels; a pair is converted to float32.
+        seconds: time limit; rows that it leaves undecided are marked in `Audit.cut`. Ctrl-C does the same.
+        samples: audit this many examples, drawn at random by ``seed``; the result then has confidence intervals.
+        run: a directory that keeps finished work; a second call with the same arguments goes on there.
+        cascade: the stages, in this order; `default_cascade(network)` if None.
+        progress: called after each batch.
+        replicas: further evaluations that must agree before an example counts as broken.
+        allow_softmax: see `calipers.evaluate.checks.check`.
+        chunk: examples a batch at most.
+        name: what to call the model in the report.
+
+    Raises:
+        ModelError, DataError: a check before measuring failed.
+        CaptureError: the module cannot be captured.
+        StoreMismatch: ``run`` belongs to another model, data, threat, cascade, seed or code.
+        SoundnessError: two methods contradict each other.
+        ValueError: an argument is out of range.
+    """
+    begin = time.perf_counter()
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
+    if chunk < 1:
+        raise ValueError(f"chunk: {chunk} is not at least 1")
+    whole = as_data(data)
+    part, positions = _sample(whole, samples, seed)
+    network = model if isinstance(model, Network) else capture(model, part.x[:1])
+    stages = tuple(default_cascade(network) if cascade is None else cascade)
+    with evaluating(network.module):
+        runtime = onnxruntime_replica(network)
+        agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
+        if not isinstance(runtime, str):
+            agreeing["onnxruntime"] = runtime
+        x, y = part.x.to(network.device, network.dtype), part.y.to(network.device)
+        checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
+        identity = {
+            "calipers": __version__,
+            "code": code_digest(),
+            "model": model_digest(network),
+            "data": part.digest,
+            "threat": _threat(threat),
+            "seed": seed,
+            "cascade": [stage.describe() for stage in stages],
+        }
+        deadline = math.inf if seconds is None else begin + seconds
+        keep = nullcontext() if run is None else Store(run, identity)
+        with keep as store, interruptible() as pressed:
+            job = Job(
+                network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed
+            )  # fmt: skip
+            bracket, rows, stopped, cut = fold(job, stages, store)
+        adversarial = _predictions(network, bracket, checks.logits)
+    earlier = sum(r.stored for r in rows)
+    notes = (*checks.notes, *((runtime,) if isinstance(runtime, str) else ()))
+    return Audit(
+        threat=threat,
+        data=part,
+        positions=positions,
+        name=name or network.source or type(network.module).__name__,
+        logits=checks.logits,
+        bracket=bracket,
+        adversarial=adversarial,
+        methods=tuple(rows),
+        seconds=time.perf_counter() - begin + earlier,
+        population=len(whole),
+        seed=seed,
+        stopped=stopped,
+        cut=cut,
+        notes=notes,
+        differences=dict(checks.differences),
+        identity=identity,
+    )
+
+
+def as_data(data: Data | tuple[Tensor, Tensor]) -> Data:
+    """A pair (x, y) as checked `Data` (float32); the threat model brings the domain."""
+    if isinstance(data, Data):
+        return data
+    return checked(*data, name="data", lower=-math.inf, upper=math.inf)
+
+
+def _threat(threat: ThreatModel) -> str:
+    """The threat model as a string that tells any two apart."""
+    parts = (
+        f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
+        for name, v in (("eps", threat.eps), ("lower", threat.lower), ("upper", threat.upper))
+    )
+    return f"p={float(threat.p):g} {' '.join(parts)}"
+
+
+def _sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
+    """``samples`` examples drawn without replacement, in the data's order, and their positions in it."""
+    if samples is None or samples == len(data):
+        return data, torch.arange(len(data))
+    if not 1 <= samples <= len(data):
+        raise ValueError(
+            f"samples: {samples} is not between 1 and {len(data)}, the number of examples"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data), generator=generator)[:samples].sort().values
+    part = Data(data.x[rows], data.y[rows], data.lower, data.upper, data.name, data.classes)
+    return part, rows
+
+
+@torch.no_grad()
+def _predictions(network: Network, bracket: Bracket, logits: Tensor) -> Tensor:
+    """The class that the network predicts at each example's worst point, (N,); the clean class where there is none."""
+    classes = logits.argmax(1)
+    if bracket.witness is not None:
+        points = bracket.witness.to(network.device)
+        worst = torch.cat([network(part).argmax(1).cpu() for part in batches(points)])
+        classes = torch.where(torch.isfinite(bracket.upper), worst, classes)
+    return classes

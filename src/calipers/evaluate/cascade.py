@@ -1,0 +1,116 @@
+"""The order in which methods are tried: cheapest first, attacks and bounds in turn.
+
+A stage sees only the examples that all earlier stages left UNKNOWN, so attacks run on what is not certified and
+bounds on what is not broken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from calipers.attacks import fgsm, pgd
+from calipers.bounds import crown, crown_ibp, interval
+from calipers.errors import unknown_name
+from calipers.graph.graph import Network
+from calipers.ops import kind_of
+from calipers.ops.kinds import Affine
+from calipers.sets import Region
+from calipers.spec import Spec
+
+Side = Literal["attack", "bound"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One method of a cascade.
+
+    Args:
+        side: ``attack`` (``method(model, region, spec, *, dtype, seeds)`` returns points) or ``bound``
+            (``method(network, region, spec, *, dtype, rigorous)`` returns lower bounds of the functionals).
+        cost: passes of the network per example, roughly; it only orders the stages.
+    """
+
+    name: str
+    side: Side
+    method: Callable[..., Tensor]
+    cost: float = 1.0
+
+    def describe(self) -> str:
+        """Name, function and keywords: what identifies the stage in a stored run."""
+        return f"{self.name}: {self.side} {describe(self.method)}"
+
+
+def describe(method: Callable[..., Any]) -> str:
+    """The qualified name of a function with the keywords of its partials."""
+    keywords: dict[str, Any] = {}
+    while isinstance(method, partial):
+        keywords = {**method.keywords, **keywords}
+        method = method.func
+    arguments = ", ".join(
+        f"{k}={describe(v) if callable(v) else repr(v)}" for k, v in sorted(keywords.items())
+    )
+    return f"{method.__module__}.{getattr(method, '__qualname__', repr(method))}({arguments})"
+
+
+def clean(
+    model: object,  # noqa: ARG001
+    region: Region,
+    spec: Spec,  # noqa: ARG001
+    *,
+    dtype: torch.dtype = torch.float32,
+    seeds: Tensor | None = None,  # noqa: ARG001
+) -> Tensor:
+    """The examples themselves: the attack that changes nothing."""
+    return region.center.to(dtype)
+
+
+def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
+    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN, PGD-100 with 5 restarts, by rising cost for ``network``.
+
+    CROWN pulls back two rows per neuron, so on a large network it comes last.
+    """
+    search = partial(pgd, loss="margin", drop=True)
+    strong = partial(search, steps=100, restarts=5, step_size=0.05)
+    rows = 0 if network is None else 2 * neurons(network)
+    stages = (
+        Stage("clean", "attack", clean, 1),
+        Stage("interval", "bound", interval, 2),
+        Stage("fgsm", "attack", fgsm, 3),
+        Stage("crown_ibp", "bound", crown_ibp, 15),
+        Stage("pgd-20", "attack", partial(search, steps=20), 40),
+        Stage("crown", "bound", crown, max(rows, 100)),
+        Stage("pgd-100x5", "attack", strong, 1000),
+    )
+    return tuple(sorted(stages, key=lambda stage: stage.cost))
+
+
+def neurons(network: Network) -> int:
+    """How many values of the graph come out of a nonlinear op."""
+    graph = network.graph
+    active = [node for node in graph.nodes if node.name in graph.active]
+    return sum(
+        math.prod(node.shape) for node in active if not isinstance(kind_of(graph, node), Affine)
+    )
+
+
+def select(names: Sequence[str], network: Network | None = None) -> tuple[Stage, ...]:
+    """The default cascade's stages of these names, in the cascade's order; always with ``clean``.
+
+    Raises:
+        ValueError: no such stage (with the nearest name), or no name at all.
+    """
+    stages = default_cascade(network)
+    known = [stage.name for stage in stages]
+    for name in names:
+        if name not in known:
+            raise unknown_name("methods", name, known)
+    if not names:
+        raise ValueError(f"methods: name at least one of {', '.join(known)}")
+    return tuple(stage for stage in stages if stage.name in {"clean", *names})

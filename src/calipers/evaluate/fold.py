@@ -1,0 +1,240 @@
+"""The fold: a cascade's stages, one after the other, each on the rows that are still UNKNOWN.
+
+    bracket = reduce(meet) over the stages
+
+Work goes stage by stage, so that a time limit leaves every example with the cheap methods' results. Within a stage
+it goes in batches; results do not depend on the batches, because every example has its own seed.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from calipers.bracket import Bracket, Evidence, Model, Verdict, witness
+from calipers.errors import UnsupportedOp
+from calipers.evaluate.cascade import Stage
+from calipers.evaluate.result import Row
+from calipers.evaluate.store import Store
+from calipers.graph.graph import Network
+from calipers.seeds import seeds as example_seeds
+from calipers.sets import ThreatModel
+from calipers.spec import Spec
+
+CHUNK = 100  # examples a batch at most
+SLICE = 5.0  # seconds a batch should last at most: what a kill can lose, and how often progress is reported
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an audit stands, after each batch of a stage."""
+
+    stage: str
+    done: int
+    total: int
+    robust: int
+    vulnerable: int
+    unknown: int
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What every stage of one audit shares."""
+
+    network: Network
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+    seed: int
+    replicas: tuple[Model, ...] = ()
+    chunk: int = CHUNK
+    deadline: float = math.inf
+    progress: Callable[[Progress], None] | None = None
+    pressed: Callable[[], bool] = lambda: False
+
+
+def _unknown(bracket: Bracket) -> Tensor:
+    """Which rows have no verdict: (N,) bool."""
+    flags = [verdict is Verdict.UNKNOWN for verdict in bracket.verdict()]
+    return torch.tensor(flags, dtype=torch.bool)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed: the first press only sets the flag, so that no finished work is lost on the way;
+    the second interrupts as usual. Outside the main thread nothing changes."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    usual = signal.getsignal(signal.SIGINT) or signal.default_int_handler
+
+    def press(_signal: int, _frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def fold(
+    job: Job, stages: Sequence[Stage], store: Store | None
+) -> tuple[Bracket, list[Row], str | None, Tensor]:
+    """The bracket, a row per stage, why it stopped early (or None), and the rows (N,) cut off by that."""
+    bracket = Bracket.unknown(len(job.x))
+    rows: list[Row] = []
+    cut = torch.zeros(len(job.x), dtype=torch.bool)
+    stopped: str | None = None
+    for stage in stages:
+        todo = torch.nonzero(_unknown(bracket)).flatten()
+        if stopped or not len(todo):
+            rows.append(Row(stage.name, stage.side, note="not reached" if stopped else ""))
+            cut[todo] = stopped is not None
+            continue
+        run = _Run(job, stage, store, bracket, todo)
+        bracket, row, left = run.result()
+        rows.append(row)
+        stopped = run.stopped
+        cut[left] = stopped is not None
+    return bracket, rows, stopped, cut & _unknown(bracket)
+
+
+class _Run:
+    """One stage over the rows ``todo``: stored units first, then batch by batch."""
+
+    def __init__(
+        self, job: Job, stage: Stage, store: Store | None, bracket: Bracket, todo: Tensor
+    ) -> None:
+        self.job, self.stage, self.store, self.before, self.todo = job, stage, store, bracket, todo
+        self.done: list[tuple[Tensor, Bracket]] = []
+        self.seconds = self.stored = 0.0
+        self.tried = self.restored = 0
+        self.note = ""
+        self.stopped: str | None = None
+        self.robust = self.vulnerable = 0
+
+    def result(self) -> tuple[Bracket, Row, Tensor]:
+        """The bracket met with this stage, its row, and the rows it did not get to."""
+        try:
+            self._restore()
+            for rows in self._batches():
+                self._measure(rows)
+        except KeyboardInterrupt:
+            self.stopped = "interrupted"
+        except UnsupportedOp as error:
+            self.note = f"skipped: {error}"
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            self.note = "stopped: out of memory"
+        tried = torch.cat([r for r, _ in self.done]) if self.done else self.todo[:0]
+        bracket = self.before
+        if self.done:
+            bracket = bracket.scatter(tried, _join([part for _, part in self.done]))
+        decided = len(self.todo) - int(_unknown(bracket).sum())
+        row = Row(
+            self.stage.name,
+            self.stage.side,
+            seconds=self.seconds,
+            tried=len(tried),
+            decided=decided,
+            note=self.note or {"time": "stopped by time"}.get(str(self.stopped), self.stopped or ""),
+            stored=self.stored,
+        )  # fmt: skip
+        return bracket, row, self.todo[~torch.isin(self.todo, tried)]
+
+    def _restore(self) -> None:
+        found = self.store.get(self.stage.name, self.job.x[0]) if self.store else None
+        if found:
+            rows, part, self.stored = found
+            self.seconds += self.stored
+            self.done.append((torch.tensor(rows), part))
+            self._count(part)
+            self.restored = self.tried = len(rows)
+
+    def _batches(self) -> Iterator[Tensor]:
+        """The rows left: one first, then as many as SLICE seconds (or half the time left) hold at the speed so far."""
+        restored = self.done[0][0] if self.done else self.todo[:0]
+        left = self.todo[~torch.isin(self.todo, restored)]
+        size = 1
+        begin = time.perf_counter()
+        while len(left):
+            remaining = self.job.deadline - time.perf_counter()
+            if self.job.pressed() or remaining <= 0:
+                self.stopped = "interrupted" if self.job.pressed() else "time"
+                return
+            yield left[:size]
+            left = left[size:]
+            rate = (time.perf_counter() - begin) / max(self.tried - self.restored, 1)
+            fits = int(min(SLICE, max(remaining, 0.0) / 2) / max(rate, 1e-9))
+            size = max(1, min(self.job.chunk, 8 * size, fits))
+
+    def _measure(self, rows: Tensor) -> None:
+        begin = time.perf_counter()
+        part = measure(self.job, self.stage, rows.to(self.job.x.device))
+        took = time.perf_counter() - begin
+        evidence = (Evidence(self.stage.name, took / len(rows)),) * len(rows)
+        part = replace(part, lower_evidence=evidence, upper_evidence=evidence)
+        if self.store:
+            self.store.add(self.stage.name, rows.tolist(), part, took)
+        self.done.append((rows, part))
+        self.seconds += took
+        self.tried += len(rows)
+        self._count(part)
+        if self.job.progress:
+            self._report(self.job.progress)
+
+    def _count(self, part: Bracket) -> None:
+        verdicts = part.verdict()
+        self.robust += sum(v is Verdict.ROBUST for v in verdicts)
+        self.vulnerable += sum(v is Verdict.VULNERABLE for v in verdicts)
+
+    def _report(self, progress: Callable[[Progress], None]) -> None:
+        before = self.before.verdict()
+        robust = sum(v is Verdict.ROBUST for v in before) + self.robust
+        vulnerable = sum(v is Verdict.VULNERABLE for v in before) + self.vulnerable
+        unknown = len(before) - robust - vulnerable
+        progress(Progress(self.stage.name, self.tried, len(self.todo), robust, vulnerable, unknown))
+
+
+def measure(job: Job, stage: Stage, rows: Tensor) -> Bracket:
+    """What one stage says about ``rows``: the only place where a method is called."""
+    x = job.x[rows]
+    region, spec = job.threat.around(x), Spec.label(job.y[rows], job.network.num_classes)
+    if stage.side == "bound":
+        with torch.no_grad():
+            values = stage.method(job.network, region, spec, dtype=torch.float64, rigorous=True)
+        return Bracket.from_bound(spec.margin(values), Evidence(stage.name))
+    seeds = example_seeds(x, job.seed, stage.name)
+    points = stage.method(job.network, region, spec, dtype=x.dtype, seeds=seeds)
+    return witness(job.network, region, spec, points, replicas=job.replicas)
+
+
+def _join(parts: Sequence[Bracket]) -> Bracket:
+    points = [p.witness for p in parts if p.witness is not None]
+    return Bracket(
+        torch.cat([p.lower for p in parts]),
+        torch.cat([p.upper for p in parts]),
+        torch.cat(points) if points else None,
+        torch.cat([p.rounding for p in parts if p.rounding is not None]),
+        tuple(e for p in parts for e in p.lower_evidence),
+        tuple(e for p in parts for e in p.upper_evidence),
+    )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(
+        error
+    )

@@ -1,0 +1,228 @@
+"""What an audit found, and its forms: numbers, a table, JSON, a report."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from calipers.bracket import Bracket, Verdict
+from calipers.data import Data
+from calipers.evaluate.statistics import clopper_pearson
+from calipers.sets import Number, ThreatModel
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+NORM = {1.0: "l1", 2.0: "l2", math.inf: "linf"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's share of an audit: the examples it was tried on, those it decided, its seconds.
+
+    Args:
+        stored: the part of ``seconds`` spent in earlier, interrupted calls.
+    """
+
+    name: str
+    side: str
+    seconds: float = 0.0
+    tried: int = 0
+    decided: int = 0
+    note: str = ""
+    stored: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """certified <= robust accuracy <= empirical, with everything that supports it.
+
+    Args:
+        data: the examples that were audited (the sample, if one was drawn).
+        positions: where they stand in the data set, (N,).
+        logits: outputs on them, (N, K).
+        adversarial: the class predicted at each example's worst point, (N,).
+        population: how many examples the data set has.
+        stopped: None, ``time`` or ``interrupted``; ``cut`` (N,) marks the rows that this left unknown.
+        notes: what weakens the result or could not be compared.
+        differences: comparison of evaluations -> largest difference of an output.
+        identity: versions and content digests, as stored in a run directory.
+    """
+
+    threat: ThreatModel
+    data: Data
+    positions: Tensor
+    name: str
+    logits: Tensor
+    bracket: Bracket
+    adversarial: Tensor
+    methods: tuple[Row, ...]
+    seconds: float
+    population: int
+    seed: int
+    stopped: str | None
+    cut: Tensor
+    notes: tuple[str, ...]
+    differences: Mapping[str, float]
+    identity: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def x(self) -> Tensor:
+        return self.data.x
+
+    @property
+    def y(self) -> Tensor:
+        return self.data.y
+
+    @cached_property
+    def predictions(self) -> Tensor:
+        """The clean predictions, (N,)."""
+        return self.logits.argmax(1)
+
+    @cached_property
+    def margins(self) -> Tensor:
+        """The clean margins, (N,) float64: the label's output minus the largest other one."""
+        outputs = self.logits.double()
+        own = outputs.gather(1, self.y.unsqueeze(1)).squeeze(1)
+        rivals = outputs.scatter(1, self.y.unsqueeze(1), -math.inf).amax(1)
+        return own - rivals
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(self.bracket.verdict())
+
+    @cached_property
+    def counts(self) -> dict[Verdict, int]:
+        """How many examples have each verdict."""
+        return {v: self.verdicts.count(v) for v in Verdict}
+
+    @property
+    def clean_accuracy(self) -> float:
+        """The share of examples classified correctly without any change; a tie is an error."""
+        return (self.margins > 0).double().mean().item()
+
+    @property
+    def certified(self) -> float:
+        """The share proved robust: the lower end of robust accuracy."""
+        return self.bracket.accuracy()[0]
+
+    @property
+    def empirical(self) -> float:
+        """The share that no attack broke: the upper end of robust accuracy."""
+        return self.bracket.accuracy()[1]
+
+    @property
+    def unknown(self) -> int:
+        """How many examples are neither proved nor broken."""
+        return self.counts[Verdict.UNKNOWN]
+
+    @property
+    def sampled(self) -> bool:
+        return len(self) < self.population
+
+    @cached_property
+    def confidence(self) -> dict[str, tuple[float, float]] | None:
+        """95 % intervals of both ends for the whole data set, if a sample was audited."""
+        if not self.sampled:
+            return None
+        proved, broken = self.counts[Verdict.ROBUST], self.counts[Verdict.VULNERABLE]
+        return {
+            "clean": clopper_pearson(int((self.margins > 0).sum()), len(self)),
+            "certified": clopper_pearson(proved, len(self)),
+            "empirical": clopper_pearson(len(self) - broken, len(self)),
+        }
+
+    def reason(self, row: int) -> str:
+        """Why an example has its verdict, in a few words."""
+        said = self.bracket.reason(row)
+        if bool(self.cut[row]):
+            return (
+                f"stopped by {self.stopped}; {said}"
+                if self.stopped == "time"
+                else f"interrupted; {said}"
+            )
+        return said
+
+    def json(self) -> dict[str, Any]:
+        """The result as plain values, stable across versions of the package."""
+        return {
+            "n": len(self),
+            "population": self.population,
+            "clean_accuracy": self.clean_accuracy,
+            "certified_accuracy": self.certified,
+            "empirical_accuracy": self.empirical,
+            "robust": self.counts[Verdict.ROBUST],
+            "vulnerable": self.counts[Verdict.VULNERABLE],
+            "unknown": self.unknown,
+            "confidence_95": self.confidence and {k: list(v) for k, v in self.confidence.items()},
+            "seconds": self.seconds,
+            "stopped": self.stopped,
+            "threat": {
+                "norm": NORM[float(self.threat.p)],
+                "eps": _plain(self.threat.eps),
+                "lower": _plain(self.threat.lower),
+                "upper": _plain(self.threat.upper),
+            },
+            "methods": [
+                {
+                    "name": r.name,
+                    "side": r.side,
+                    "tried": r.tried,
+                    "decided": r.decided,
+                    "seconds": r.seconds,
+                    "note": r.note,
+                }
+                for r in self.methods
+            ],
+            "model": self.name,
+            "data": self.data.name,
+            "seed": self.seed,
+            "notes": list(self.notes),
+            "largest_difference_of_outputs": dict(self.differences),
+            "identity": dict(self.identity),
+            "environment": environment(),
+        }
+
+    def table(self) -> Group:
+        """The result for a terminal (a rich renderable)."""
+        from calipers.evaluate.tables import audit_table
+
+        return audit_table(self)
+
+    def report(self, path: str | Path) -> None:
+        """One self-contained HTML file, written whole or not at all."""
+        from calipers.evaluate.report import render
+        from calipers.evaluate.store import write_atomically
+
+        write_atomically(path, render(self))
+
+
+def _plain(value: Number | Tensor) -> Any:
+    """A number as JSON: exact values as strings, infinities as strings, tensors by their range."""
+    if isinstance(value, Tensor):
+        return {"minimum": value.min().item(), "maximum": value.max().item()}
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return value
+    return str(value)
+
+
+def environment() -> dict[str, str | int]:
+    """What a time depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }

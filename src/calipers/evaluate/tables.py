@@ -1,0 +1,120 @@
+"""Results as tables for a terminal (rich renderables)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from calipers.bracket import Verdict
+
+if TYPE_CHECKING:
+    from calipers.evaluate.explain import Explanation
+    from calipers.evaluate.result import Audit
+
+WIDTH = 48  # of the bar
+SIDES = {"attack": "upper (attack)", "bound": "lower (bound)"}
+
+
+def audit_table(audit: Audit) -> Group:
+    """Headline, bar, and a row per method."""
+    counts = audit.counts
+    robust, broken = counts[Verdict.ROBUST], counts[Verdict.VULNERABLE]
+    numbers = Table.grid(padding=(0, 2))
+    for label, value, key in (
+        ("clean accuracy", audit.clean_accuracy, "clean"),
+        ("certified accuracy", audit.certified, "certified"),
+        ("empirical accuracy", audit.empirical, "empirical"),
+    ):
+        around = audit.confidence[key] if audit.confidence else None
+        interval = f"95 % interval {percent(around[0])} .. {percent(around[1])}" if around else ""
+        numbers.add_row(label, Text(percent(value), style="bold"), Text(interval, style="dim"))
+    title = f"{audit.name} on {audit.data.name}, {audit.threat.describe()}"
+    drawn = f"{len(audit)} of {audit.population} examples, drawn at random (seed {audit.seed})"
+    size = drawn if audit.sampled else f"{len(audit)} examples"
+    verdicts = Text.assemble(
+        (f"{robust} certified", "blue"),
+        " · ",
+        (f"{audit.unknown} unknown", "dim"),
+        " · ",
+        (f"{broken} broken", "yellow"),
+        f" of {size}, {audit.seconds:.1f} s",
+    )
+    parts: list[Text | Table] = [
+        Text(title, style="bold"),
+        Text(bracket_line(audit)),
+        _bar(robust, audit.unknown, broken),
+        verdicts,
+        numbers,
+        _methods(audit),
+    ]
+    if audit.stopped:
+        parts.append(
+            Text(
+                f"stopped early ({audit.stopped}): {int(audit.cut.sum())} examples were left undecided by that"
+            )
+        )
+    parts += [Text(note, style="italic") for note in audit.notes]
+    return Group(*parts)
+
+
+def bracket_line(audit: Audit) -> str:
+    """The result in one line."""
+    return f"robust accuracy between {percent(audit.certified)} and {percent(audit.empirical)}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _bar(robust: int, unknown: int, broken: int) -> Text:
+    total = max(robust + unknown + broken, 1)
+    first, second = round(WIDTH * robust / total), round(WIDTH * (robust + unknown) / total)
+    return Text.assemble(
+        ("█" * first, "blue"),
+        ("▒" * (second - first), "dim"),
+        ("░" * (WIDTH - second), "yellow"),
+    )
+
+
+def _methods(audit: Audit) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("method", "end"):
+        table.add_column(column)
+    for column in ("tried", "decided", "seconds"):
+        table.add_column(column, justify="right")
+    notes = any(row.note for row in audit.methods)
+    if notes:
+        table.add_column("note", style="dim")
+    for row in audit.methods:
+        cells = [row.name, SIDES[row.side], str(row.tried), str(row.decided), f"{row.seconds:.2f}"]
+        table.add_row(*(escape(c) for c in cells), *([escape(row.note)] if notes else []))
+    return table
+
+
+def explain_table(explanation: Explanation) -> Group:
+    """A row per method, nested: bounds ascending, then attacks, down to the same number."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("method")
+    table.add_column("end")
+    for column in ("margin", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("note", style="dim")
+    for value in explanation.values:
+        sign = "≥" if value.side == "bound" else "≤"
+        shown = "–" if math.isinf(value.margin) else f"{sign} {value.margin:+.6f}"
+        table.add_row(
+            escape(value.name), SIDES[value.side], shown, f"{value.seconds:.4f}", escape(value.note)
+        )
+    lower, upper = explanation.bracket.lower.item(), explanation.bracket.upper.item()
+    verdict = explanation.bracket.verdict()[0]
+    return Group(
+        Text(f"{explanation.title}, {explanation.threat.describe()}", style="bold"),
+        Text(f"{lower:+.6f} ≤ minimal margin ≤ {upper:+.6f} (gap {upper - lower:.3g})"),
+        Text(verdict.value),
+        table,
+    )
