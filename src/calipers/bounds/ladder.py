@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bound
+from calipers.bounds.patches import elements
 from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
@@ -245,16 +246,17 @@ def _functionals(state: State, C: Tensor, d: Tensor) -> Tensor:
     output = state.network.graph.output
     parts = [
         torch.cat([lower_bound(part, output, C[rows, span]) for rows in cuts])
-        for part, span, cuts in _parts(state, [len(C)] * state.batch)
+        for part, span, cuts in _parts(
+            state, [len(C)] * state.batch, _row_bytes(state.network, state.dtype)
+        )
     ]
     return _at_reference(state, C, d) + torch.cat(parts, 1).T
 
 
-def _parts(state: State, counts: list[int]) -> Iterator[tuple[State, slice, list[slice]]]:
+def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:
     """Cut a batch with ``counts`` rows per example into runs of examples, and those into row ranges, so that
     one piece fits the budget: big examples alone, small ones together."""
-    row = _row_bytes(state.network, state.dtype)
-    limit = max(1, state.budget // row)  # rows in one piece
+    limit = max(1, state.budget // row)  # rows of so many bytes in one piece
     first = 0
     while first < state.batch:
         last, widest = first + 1, counts[first]
@@ -310,7 +312,11 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     low, high = (end.flatten(1) for end in state.boxes[name])
     lows, highs = [], []
-    for part, span, cuts in _parts(state, [2 * c for c in counts]):
+    row = _row_bytes(state.network, state.dtype)
+    small = elements(state.network.graph, state.env, name, state.network.input_shape)
+    if small is not None:
+        row = min(row, 6 * state.dtype.itemsize * small)
+    for part, span, cuts in _parts(state, [2 * c for c in counts], row):
         index = order[span, : max(counts[span])]
         bounds = [both_bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
         found = [torch.cat(ends).T for ends in zip(*bounds, strict=True)] if bounds else None

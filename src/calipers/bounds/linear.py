@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from calipers.bounds import patches
+from calipers.bounds.patches import Patch
 from calipers.bounds.state import State, at
 from calipers.graph.graph import Node
-from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Lines
+from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
 
-Parts = dict[int, Tensor]  # operand number -> rows
+Rows = Tensor | Patch  # (S, B, *shape), or windows of it
+Parts = dict[int, Rows]  # operand number -> rows
 
 
 def lower_bound(
@@ -52,7 +55,7 @@ class _Pull:
         self.state, self.name = state, name
         inputs = state.network.graph.inputs
         self.stop = stop or (lambda value: value in inputs)
-        self.rows: dict[str, Tensor] = {}
+        self.rows: dict[str, Rows] = {}
         self.bias: Tensor | float = 0.0
         self.elements = self.mirrored = False
 
@@ -65,15 +68,13 @@ class _Pull:
         self.elements = True
         node = self.state.network.graph.node[self.name]
         kind = self.state.kind(node)
-        if isinstance(kind, Affine) and kind.rows is not None and len(node.operands) > 0:
-            args, kwargs = self.state.arguments(node)
-            A = kind.rows(index, *args, **kwargs)
-            if A is not None:
-                noise = _affine_noise(self.state, kind, node)
-                if noise is not None:
-                    self.bias = -noise.flatten(1).gather(1, index.T).T
-                self.rows[node.operands[0]] = A
-                return self._walk(skip=True)
+        rows = _unit_rows(self.state, kind, node, index)
+        if rows is not None:
+            noise = _affine_noise(self.state, kind, node)  # type: ignore[arg-type]
+            if noise is not None:
+                self.bias = -noise.flatten(1).gather(1, index.T).T
+            self.rows[node.operands[0]] = rows
+            return self._walk(skip=True)
         flat = math.prod(node.shape)
         A = torch.zeros(*index.shape, flat, dtype=self.state.dtype, device=index.device)
         A.scatter_(2, index.unsqueeze(2), 1.0)
@@ -88,26 +89,35 @@ class _Pull:
                 self._step(node, self.rows.pop(node.name))
         return self._settle()
 
-    def _step(self, node: Node, A: Tensor) -> None:
+    def _step(self, node: Node, A: Rows) -> None:
         state = self.state
         kind = state.kind(node)
-        if self.elements and not self.mirrored and not isinstance(kind, Affine):
-            A = self._mirror(node.name, A)
-        parts, bias = RULES[type(kind)](state, kind, node, A)
+        if isinstance(A, Patch) and not (
+            isinstance(kind, (Affine, Activation)) and patches.worthwhile(A, node.shape)
+        ):
+            A = patches.dense(A, node.shape)
+        split = self.elements and not self.mirrored and not isinstance(kind, Affine)
+        if split:
+            self._mirror()
+        if isinstance(kind, Activation):
+            parts, bias = _activation(state, kind, node, A, split)
+        else:
+            if split:
+                A = _mirrored(A)
+            parts, bias = RULES[type(kind)](state, kind, node, A)
         if bias is not None:
             self.bias = self.bias + bias
         for index, rows in parts.items():
             name = node.operands[index]
             known = self.rows.get(name)
-            self.rows[name] = rows if known is None else known + rows
+            self.rows[name] = rows if known is None else _sum(known, rows, state.shape(name))
 
-    def _mirror(self, name: str, A: Tensor) -> Tensor:
+    def _mirror(self) -> None:
         """From here on lower and upper side differ: every row is followed by its negative."""
         self.mirrored = True
-        self.rows = {k: torch.cat([v, -v]) for k, v in self.rows.items()}
+        self.rows = {k: _mirrored(v) for k, v in self.rows.items()}
         if isinstance(self.bias, Tensor):  # so far only rounding, the same for both
             self.bias = torch.cat([self.bias, self.bias])
-        return torch.cat([A, -A])
 
     def _settle(self) -> tuple[Tensor, Tensor]:
         """Concretise what is left: (lower, upper); for `run` the two are the same."""
@@ -126,9 +136,43 @@ class _Pull:
         return sum(parts[1:], parts[0]) + self.bias
 
 
-def concretise(state: State, name: str, A: Tensor) -> Tensor:
+def _mirrored(A: Rows) -> Rows:
+    return A.mirrored() if isinstance(A, Patch) else torch.cat([A, -A])
+
+
+def _dense(A: Rows, shape: tuple[int, ...]) -> Tensor:
+    return patches.dense(A, shape) if isinstance(A, Patch) else A
+
+
+def _sum(first: Rows, second: Rows, shape: tuple[int, ...]) -> Rows:
+    if isinstance(first, Patch) and isinstance(second, Patch):
+        total = patches.added(first, second)
+        if total is not None:
+            return total
+    return _dense(first, shape) + _dense(second, shape)
+
+
+def _unit_rows(state: State, kind: Kind, node: Node, index: Tensor) -> Rows | None:
+    """Rows of the op's own matrix, where it can give them without unit vectors."""
+    args, kwargs = state.arguments(node)
+    if not isinstance(kind, Affine):
+        return None
+    if node.op is torch.conv2d:
+        return patches.start(node, index, args[1])
+    rows: Tensor | None = kind.rows(index, *args, **kwargs) if kind.rows else None
+    return rows
+
+
+def concretise(state: State, name: str, A: Rows) -> Tensor:
     """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere."""
-    if name in state.network.graph.inputs:
+    at_input = name in state.network.graph.inputs
+    if isinstance(A, Patch):
+        if at_input and math.isinf(state.region.p) and state.frame.bounded:
+            low = -_dot(_size(A), state.frame.above)  # the origin is the middle of a box
+            gamma = state.gamma(math.prod(A.data.shape[2:]) + 4)
+            return low * (1 + gamma) if gamma else low
+        A = patches.dense(A, state.shape(name))
+    if at_input:
         symmetric = math.isinf(state.region.p)
         low = -state.region.reach(A if symmetric else -A, state.frame)
         size = state.once("deviation", name, _deviation) if state.rigorous else A
@@ -152,8 +196,14 @@ def _deviation(state: State, name: str) -> Tensor:
     return torch.maximum(below, above)
 
 
-def _dot(A: Tensor, v: Tensor) -> Tensor:
+def _size(A: Rows) -> Rows:
+    return A.moved(A.data.abs()) if isinstance(A, Patch) else A.abs()
+
+
+def _dot(A: Rows, v: Tensor) -> Tensor:
     """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
+    if isinstance(A, Patch):
+        return (A.data * patches.windows(v, A)).flatten(2).sum(-1)
     rows, vector = A.flatten(2), v.flatten(1)
     if rows.shape[1] == 1:
         return (rows[:, 0] @ vector[0]).unsqueeze(1)
@@ -163,19 +213,28 @@ def _dot(A: Tensor, v: Tensor) -> Tensor:
 # -- affine -------------------------------------------------------------------------------------------------
 
 
-def _affine(state: State, kind: Affine, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Tensor | None]:
     args, kwargs = state.arguments(node)
     active = [i for i, name in enumerate(node.operands) if name in state.network.graph.active]
-    flat = A.flatten(0, 1)
+    noise = _affine_noise(state, kind, node)
+    bias = None if noise is None else -_dot(_size(A), noise)
     parts: Parts = {}
+    if isinstance(A, Patch):
+        for index in active:
+            rows = patches.through_affine(node, A, state.shape(node.operands[index]), args)
+            if rows is not None:
+                parts[index] = rows
+        if len(parts) == len(active):
+            return parts, bias
+        A = patches.dense(A, node.shape)
+    flat = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
-        rows = kind.transpose(flat, index, shape, *args, **kwargs) if kind.transpose else None
-        if rows is None:
-            rows = _vjp(node, flat, index, shape, args, kwargs)
-        parts[index] = rows.reshape(*A.shape[:2], *shape)
-    noise = _affine_noise(state, kind, node)
-    return parts, None if noise is None else -_dot(A.abs(), noise)
+        back = kind.transpose(flat, index, shape, *args, **kwargs) if kind.transpose else None
+        if back is None:
+            back = _vjp(node, flat, index, shape, args, kwargs)
+        parts[index] = back.reshape(*A.shape[:2], *shape)
+    return parts, bias
 
 
 def _vjp(
@@ -263,13 +322,32 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
 
 
 def _activation(
-    state: State, kind: Activation, node: Node, A: Tensor
-) -> tuple[Parts, Tensor | None]:
-    relaxed = state.once("lines", node.name, lambda s, _: _relaxed(s, kind, node))
-    size = A.abs()
-    bias = _dot(A, relaxed.offset) - _dot(size, relaxed.gap)
-    rows = (A * relaxed.mid).addcmul_(size, relaxed.half, value=-1.0)
-    return {0: rows}, bias
+    state: State, kind: Activation, node: Node, A: Rows, split: bool
+) -> tuple[Parts, Tensor]:
+    """A ↦ A·mid − |A|·half; with ``split`` the negative rows too, which share both products."""
+    if isinstance(A, Patch):
+        maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
+        mid, half, offset, gap = patches.windows(maps, A).chunk(4, 2)
+        data, size = A.data, A.data.abs()
+        straight = (data * offset).flatten(2).sum(-1)
+        loss = (size * gap).flatten(2).sum(-1)
+    else:
+        mid, half, offset, gap = _lines(state, kind, node.name)
+        data, size = A, A.abs()
+        straight, loss = _dot(A, offset), _dot(size, gap)
+    along = data * mid
+    if not split:
+        rows, bias = along.addcmul_(size, half, value=-1.0), straight - loss
+        return {0: A.moved(rows) if isinstance(A, Patch) else rows}, bias
+    bent = size * half
+    rows = torch.cat([along - bent, -along - bent])
+    bias = torch.cat([straight - loss, -straight - loss])
+    return {0: A.repeated(rows) if isinstance(A, Patch) else rows}, bias
+
+
+def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
+    node = state.network.graph.node[name]
+    return state.once("lines", name, lambda s, _: _relaxed(s, kind, node))
 
 
 # -- products and maxima -----------------------------------------------------------------------------------------
@@ -367,7 +445,6 @@ def _extremum(state: State, kind: Extremum, node: Node, A: Tensor) -> tuple[Part
 
 RULES: dict[type, Callable[..., tuple[Parts, Tensor | None]]] = {
     Affine: _affine,
-    Activation: _activation,
     Bilinear: _bilinear,
     Extremum: _extremum,
 }

@@ -58,6 +58,29 @@ def _tuple(value: Any, count: int) -> tuple[int, ...]:
     return (value,) * count if isinstance(value, int) else tuple(value) * (count // len(value))
 
 
+def pull_back(
+    A: Tensor,
+    w: Tensor,
+    stride: Shape,
+    padding: Shape = (0, 0),
+    extra: Shape = (0, 0),
+    dilation: Shape = (1, 1),
+) -> Tensor:
+    """The transpose of a 2-D convolution without groups. Towards very few channels (an image) one small product
+    per row and a scatter are several times faster on a CPU than the library's transposed convolution."""
+    if w.shape[1] > 4 or A.device.type != "cpu":
+        return F.conv_transpose2d(A, w, None, stride, padding, extra, 1, dilation)
+    kernel = tuple(w.shape[2:])
+    size = [
+        (out - 1) * s - 2 * p + d * (k - 1) + 1 + e
+        for out, k, s, p, d, e in zip(
+            A.shape[2:], kernel, stride, padding, dilation, extra, strict=True
+        )
+    ]
+    columns = torch.matmul(w.flatten(1).T, A.flatten(2))
+    return F.fold(columns, size, kernel, dilation, padding, stride)
+
+
 def _conv_transpose(transposed: Callable[..., Tensor], n: int) -> Callable[..., Tensor | None]:
     """The transpose of an n-dimensional convolution; None (so the VJP) for string padding."""
 
@@ -81,6 +104,8 @@ def _conv_transpose(transposed: Callable[..., Tensor], n: int) -> Callable[..., 
             size - ((out - 1) * si - 2 * pi + di * (k - 1) + 1)
             for size, out, k, si, pi, di in sizes
         )
+        if n == 2 and groups == 1:
+            return pull_back(A, w, s, p, extra, d)
         return transposed(A, w, None, s, p, extra, groups, d)
 
     return transpose

@@ -1,0 +1,183 @@
+"""Rows of convolutional neurons as small windows instead of whole feature maps.
+
+A neuron of a convolution sees a window of each earlier map, at a regular grid of places. Its rows are kept as that
+window's coefficients and its place, so the work is that of the window. Windows may reach outside the map (into its padding);
+coefficients there multiply nothing. `dense` turns a patch into ordinary rows where an op has no rule for windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calipers.graph import primitives as prim
+from calipers.graph.graph import Graph, Node, Ref
+from calipers.ops.affine import pull_back
+
+Shape = tuple[int, ...]
+
+
+class Grid(NamedTuple):
+    """Where windows start on a map: place i·width + j starts at (y + i·down, x + j·right)."""
+
+    height: int
+    width: int
+    y: int
+    x: int
+    down: int
+    right: int
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Rows of a value of shape (C, H, W): coefficients (S, B, C, h, w) of the window at ``place`` (S, B) of ``grid``."""
+
+    data: Tensor
+    place: Tensor
+    grid: Grid
+
+    def __neg__(self) -> Patch:
+        return self.moved(-self.data)
+
+    def mirrored(self) -> Patch:
+        """Every row followed by its negative."""
+        return self.repeated(torch.cat([self.data, -self.data]))
+
+    def repeated(self, data: Tensor) -> Patch:
+        """Twice the rows at the same places, with these coefficients."""
+        return Patch(data, self.place.repeat(2, 1), self.grid)
+
+    def moved(self, data: Tensor) -> Patch:
+        return Patch(data, self.place, self.grid)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (tuple(value) * 2)[:2]
+
+
+def _geometry(node: Node) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(stride, padding) of a plain 2-D convolution: no groups, no dilation, numeric padding."""
+    if node.op is not torch.conv2d:
+        return None
+    settings = [*node.args[3:], *(1, 0, 1, 1)[len(node.args[3:]) :]]
+    stride, padding, dilation, groups = settings
+    if isinstance(padding, str) or _pair(dilation) != (1, 1) or groups != 1:
+        return None
+    return _pair(stride), _pair(padding)
+
+
+def start(node: Node, index: Tensor, weight: Tensor) -> Patch | None:
+    """Unit rows of a convolution's outputs ``index`` (S, B), already pulled back through it."""
+    plain = _geometry(node)
+    if plain is None or len(node.shape) != 3:
+        return None
+    (sy, sx), (py, px) = plain
+    _, height, width = node.shape
+    size = height * width
+    return Patch(weight[index // size], index % size, Grid(height, width, -py, -px, sy, sx))
+
+
+def _through_conv(node: Node, rows: Patch, weight: Tensor) -> Patch | None:
+    plain = _geometry(node)
+    if plain is None:
+        return None
+    (sy, sx), (py, px) = plain
+    grown = pull_back(rows.data.flatten(0, 1), weight, (sy, sx))
+    g = rows.grid
+    grid = g._replace(y=g.y * sy - py, x=g.x * sx - px, down=g.down * sy, right=g.right * sx)
+    return Patch(grown.reshape(*rows.data.shape[:2], *grown.shape[1:]), rows.place, grid)
+
+
+def through_affine(node: Node, rows: Patch, shape: Shape, args: list[Any]) -> Patch | None:
+    """The transpose of an affine op on windows, or None where it has no rule for them."""
+    if node.op is torch.conv2d:
+        return _through_conv(node, rows, args[1])
+    if node.op is torch.add:
+        return rows if shape == node.shape else None
+    if node.op is torch.neg:
+        return -rows
+    if node.op is prim.batch_norm:
+        weight, var, eps = args[1], args[4], args[6]
+        scale = (var + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        return rows.moved(rows.data * scale.reshape(-1, 1, 1))
+    return None
+
+
+def windows(value: Tensor, rows: Patch) -> Tensor:
+    """The windows of ``value`` (B, C, H, W) that ``rows`` lie on: (S, B, C, h, w), zero outside the map."""
+    h, w = rows.data.shape[-2:]
+    batch, channels, height, width = value.shape
+    g = rows.grid
+    below = g.y + g.down * (g.height - 1) + h - height
+    right = g.x + g.right * (g.width - 1) + w - width
+    frame = F.pad(value, (-g.x, right, -g.y, below)).unfold(2, h, g.down).unfold(3, w, g.right)
+    table = frame.permute(0, 2, 3, 1, 4, 5).reshape(batch * g.height * g.width, -1)
+    base = torch.arange(batch, device=value.device) * (g.height * g.width)
+    picked = table.index_select(0, (rows.place + base).flatten())
+    return picked.reshape(*rows.place.shape, channels, h, w)
+
+
+def dense(rows: Patch, shape: Shape) -> Tensor:
+    """The same rows as (S, B, C, H, W)."""
+    channels, height, width = shape
+    S, B, _, h, w = rows.data.shape
+    g, place = rows.grid, rows.place
+    steps_y = torch.arange(h, device=place.device)
+    steps_x = torch.arange(w, device=place.device)
+    y = (place // g.width * g.down + g.y).unsqueeze(-1) + steps_y
+    x = (place % g.width * g.right + g.x).unsqueeze(-1) + steps_x
+    inside = ((y >= 0) & (y < height)).unsqueeze(-1) & ((x >= 0) & (x < width)).unsqueeze(-2)
+    flat = y.clamp(0, height - 1).unsqueeze(-1) * width + x.clamp(0, width - 1).unsqueeze(-2)
+    data = rows.data * inside.unsqueeze(2)
+    out = data.new_zeros(S, B, channels, height * width)
+    flat = flat.flatten(2).unsqueeze(2).expand(-1, -1, channels, -1)
+    return out.scatter_add(3, flat, data.flatten(3)).reshape(S, B, *shape)
+
+
+def added(first: Patch, second: Patch) -> Patch | None:
+    """The sum of two patches of one value if one window contains the other, else None."""
+    if first.data.shape[-2] < second.data.shape[-2]:
+        first, second = second, first
+    y, x = second.grid.y - first.grid.y, second.grid.x - first.grid.x
+    (H, W), (h, w) = first.data.shape[-2:], second.data.shape[-2:]
+    if first.grid._replace(y=0, x=0) != second.grid._replace(y=0, x=0):
+        return None
+    if not (0 <= y <= H - h and 0 <= x <= W - w):
+        return None
+    return first.moved(first.data + F.pad(second.data, (x, W - w - x, y, H - h - y)))
+
+
+def worthwhile(rows: Patch, shape: Shape) -> bool:
+    """Whether the window is still clearly smaller than the map."""
+    h, w = rows.data.shape[-2:]
+    return 2 * h * w <= shape[1] * shape[2]
+
+
+def elements(graph: Graph, env: Mapping[str, Any], name: str, input_shape: Shape) -> int | None:
+    """The most coefficients of one row on its way from ``name`` to the input; None if it is no plain convolution."""
+    if _geometry(graph.node[name]) is None:
+        return None
+    most, size = 1, {name: (1, 1)}
+    for node in reversed(graph.nodes[: graph.position[name] + 1]):
+        if node.name not in size:
+            continue
+        h, w = size[node.name]
+        plain = _geometry(node)
+        if plain is not None and isinstance(node.args[1], Ref):
+            ky, kx = env[node.args[1].name].shape[2:]
+            h, w = (h - 1) * plain[0][0] + ky, (w - 1) * plain[0][1] + kx
+        for operand in set(node.operands) & graph.active:
+            known = size.get(operand, (0, 0))
+            size[operand] = h, w = max(known[0], h), max(known[1], w)
+            shape = graph.node[operand].shape if operand in graph.node else input_shape
+            full = math.prod(shape)
+            small = len(shape) == 3 and 2 * h * w <= shape[1] * shape[2]
+            most = max(most, shape[0] * h * w if small else full)
+    return most
