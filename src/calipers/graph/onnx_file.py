@@ -102,10 +102,14 @@ def read_model(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     Raises:
         CaptureError: see `read_bytes`; also what is not a model: a truncated file, a web page, ...
     """
+    return parse(read_bytes(path, max_bytes), path)
+
+
+def parse(data: bytes, path: Path) -> Any:
+    """`read_model` on bytes that were read already; ``path`` is for messages."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    data = read_bytes(path, max_bytes)
     remedy = "export or download it again"
     if data.lstrip()[:1] == b"<":
         raise CaptureError(f"{path}: this is a web page (HTML or XML), not an ONNX model; {remedy}")
@@ -221,10 +225,11 @@ def _external(proto: Any, folder: Path, size: int) -> bytes:
         raise CaptureError(
             f"{what}: external data {location!r}: {error.strerror}; it must be a plain file beside the model"
         ) from None
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(handle)
+        raise refuse
     with os.fdopen(handle, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise refuse
         if offset + length > found.st_size:
             raise CaptureError(f"{what}: external file {location!r} is shorter than declared")
         file.seek(offset)
@@ -237,7 +242,10 @@ def check_finite(value: Tensor, name: str, *, lone: bool = False) -> None:
     Args:
         lone: let a single infinite number pass (a clip bound).
     """
-    if not value.is_floating_point() or bool(torch.isfinite(value).all()):
+    # one NaN or infinity makes any sum so; a sum that merely overflows is looked at closely
+    if not value.is_floating_point() or bool(torch.isfinite(value.sum())):
+        return
+    if bool(torch.isfinite(value).all()):
         return
     if lone and value.numel() == 1 and not bool(value.isnan().any()):
         return
@@ -284,18 +292,18 @@ def session(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Callable[[Tensor
     import onnxruntime as ort
 
     path = Path(path)
-    model = read_model(path, max_bytes)
+    data = read_bytes(path, max_bytes)
+    model = parse(data, path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4  # errors are raised; the log would only repeat them
-    for tensor in model.graph.initializer:
-        if tensor.data_location == 1:  # onnxruntime would follow the path: hand it checked bytes
-            data = read_tensor(tensor, path.parent, max_bytes)
-            _embed(tensor, data)
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == 1]
+    for tensor in outside:  # onnxruntime would follow the path: it gets the checked bytes instead
+        _embed(tensor, read_tensor(tensor, path.parent, max_bytes))
+    if outside:
+        data = model.SerializeToString()
     try:
-        run = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        run = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common base but Exception
         first = str(error).strip().splitlines()[0][:300]
         raise CaptureError(f"{path}: onnxruntime refuses the model: {first}") from None

@@ -156,23 +156,27 @@ def _max_pool(b: Builder, c: Call, x: Value) -> Output:
     x = b.batched(x)
     axes, ceil = _pool_axes(c, x), bool(c.attr("ceil_mode", 0))
     wanted = [a.out(ceil) for a in axes]
-    # torch pads both ends alike and by at most half a window; its rounding up reaches behind the input,
-    # and surplus windows are cut
-    even = [_Axis(a.size, a.kernel, a.stride, a.dilation, a.before, a.before) for a in axes]
-    plain = all(a.before == a.after for a in axes)
+    plain = all(a.before == a.after and 2 * a.before <= a.kernel for a in axes)
     up = ceil if plain else True
-    made = [a.out(up) for a in even]
-    if any(2 * a.before > a.kernel for a in axes) or any(
-        m < w for m, w in zip(made, wanted, strict=True)
-    ):
-        raise CaptureError(
-            "its padding is wider than its windows allow; pad with Pad before pooling"
-        )
-    args = tuple(zip(*((a.kernel, a.stride, a.before, a.dilation) for a in axes), strict=True))
-    y = b.emit(prim.max_pool, x, *args, up, shape=(*x.shape[:2], *made), lead=True)
-    for i, count in enumerate(wanted):
-        y = b.taken(y, 2 + i, range(count))
+    # torch pads both ends alike, and its rounding up reaches behind the input: a wider padding makes further
+    # windows at either end, which are cut
+    surplus = [(0, a) if plain else _widened(a, n) for a, n in zip(axes, wanted, strict=True)]
+    shape = (*x.shape[:2], *(a.out(up) for _, a in surplus))
+    args = [(a.kernel, a.stride, a.before, a.dilation) for _, a in surplus]
+    y = b.emit(prim.max_pool, x, *zip(*args, strict=True), up, shape=shape, lead=True)
+    for i, (skip, _) in enumerate(surplus):
+        y = b.taken(y, 2 + i, range(skip, skip + wanted[i]))
     return y
+
+
+def _widened(axis: _Axis, wanted: int) -> tuple[int, _Axis]:
+    """How many windows to skip in front, and the axis padded alike at both ends that has all that are wanted."""
+    for skip in range(axis.kernel):
+        pad = axis.before + skip * axis.stride
+        even = _Axis(axis.size, axis.kernel, axis.stride, axis.dilation, pad, pad)
+        if 2 * pad <= axis.kernel and even.out(ceil=True) >= skip + wanted:
+            return skip, even
+    raise CaptureError("its padding is wider than its windows allow; pad with Pad before pooling")
 
 
 def _average_pool(b: Builder, c: Call, x: Value) -> Output:
