@@ -66,6 +66,9 @@ def train(name: str, robust: bool) -> nn.Module:
             loss.backward()
             optimiser.step()
         schedule.step()
+    with torch.no_grad():
+        for p in model.parameters():
+            p[p.abs() < 1e-4] = 0.0  # what weight decay left over
     return model.eval()
 
 

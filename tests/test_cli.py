@@ -182,6 +182,7 @@ def write(path, content):
         (["audit", "--data", "empty.npz"], "empty"),
         (["audit", "--run", "file.txt"], "file.txt"),
         (["audit", "--report", "no/such/folder/r.html"], "does not exist"),
+        (["audit", "--report", "."], "is a folder"),
         (["explain", "--index", "500"], "index"),
         (["inspect", "net.py"], "name the function"),
         (["inspect", "net.py:make", "--input-shape", "0,3"], "--input-shape"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect as python_inspect
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -80,8 +81,8 @@ def audit(
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"{option}: the folder {file.parent} does not exist")
+        if file is not None:
+            _writable(option, file.absolute())
     seconds = None if budget is None else seconds_of(budget)
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if names is not None:
@@ -108,6 +109,14 @@ def audit(
         result.report(report)
         sys.stderr.write(f"report: {report}\n")
     return result.stopped == "interrupted"
+
+
+def _writable(option: str, file: Path) -> None:
+    """Refuse an output that cannot be written before the work, not after it."""
+    if not file.parent.is_dir():
+        raise ValueError(f"{option}: the folder {file.parent} does not exist")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise ValueError(f"{option}: {file} is a folder, or its folder cannot be written to")
 
 
 def explain(subject: Subject, *, index: int, seed: int) -> None:

@@ -88,6 +88,7 @@ def audit(
             "data": part.digest,
             "threat": _threat(threat),
             "seed": seed,
+            "replicas": list(agreeing),
             "cascade": [stage.describe() for stage in stages],
         }
         deadline = math.inf if seconds is None else begin + seconds

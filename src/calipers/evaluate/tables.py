@@ -90,9 +90,13 @@ def _methods(audit: Audit) -> Table:
     notes = any(row.note for row in audit.methods)
     if notes:
         table.add_column("note", style="dim")
+    seen: set[str] = set()
     for row in audit.methods:
         cells = [row.name, SIDES[row.side], str(row.tried), str(row.decided), f"{row.seconds:.2f}"]
-        table.add_row(*(escape(c) for c in cells), *([escape(row.note)] if notes else []))
+        repeated = len(row.note) > 20 and row.note in seen
+        seen.add(row.note)
+        cells += ["as above" if repeated else row.note] if notes else []
+        table.add_row(*map(escape, cells))
     return table
 
 
