@@ -34,10 +34,7 @@ _SHAPES = frozenset({"Shape", "Size"})  # known whatever the input's value is
 _MALFORMED = (
     ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
-REMEDY = (
-    "Rewrite the model without them, or simplify the file (constant folding) before loading it; "
-    "`calipers supports` lists what can be read"
-)
+REMEDY = "Rewrite the model without them, or simplify the file (constant folding) before loading it"
 
 
 def load_onnx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Network:

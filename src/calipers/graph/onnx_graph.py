@@ -295,6 +295,12 @@ class Builder:
                 kept.append(node)
                 needed.update(node.operands)
         tensors = {name: t for name, t in self.tensors.items() if name in needed}
+        mixed = [n for n, t in tensors.items() if t.is_floating_point() and t.dtype != self.dtype]
+        if mixed:
+            raise CaptureError(
+                f"{mixed[0].removeprefix('@')!r} is {tensors[mixed[0]].dtype} in a network on {self.dtype}; "
+                "export it in one precision"
+            )
         params = buffer_names(tensors)
         graph = Graph(tuple(reversed(kept)), params, (source,), output.name)
         return graph, GraphModule(graph, {params[v]: t for v, t in tensors.items()})

@@ -273,6 +273,8 @@ def _unsqueeze(b: Builder, c: Call, x: Value, axes: Input | None = None) -> Outp
     wanted = given_ints(c, "axes", axes) or []
     rank = x.rank + len(wanted)
     put = {axis_of(a, rank) for a in wanted}
+    if len(put) != len(wanted):
+        raise CaptureError(f"axes {wanted} name one axis twice")
     rest = iter(x.shape)
     return b.natural(x, [1 if i in put else next(rest) for i in range(rank)])
 

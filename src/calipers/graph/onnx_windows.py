@@ -81,18 +81,18 @@ def _halves(total: int, auto: str) -> tuple[int, int]:
     return (large, small) if auto == "SAME_LOWER" else (small, large)
 
 
-def _weights(x: Value, w: Input, bias: Input | None) -> None:
+def _weights(x: Value, w: Input, bias: Input | None, channels: int) -> None:
     if isinstance(w, Value) or isinstance(bias, Value):
         raise CaptureError("its weights depend on the network's input; they must be constant")
-    if x.rank != w.rank:
+    if x.rank != w.rank or (bias is not None and bias.shape != (channels,)):
         raise CaptureError(f"weights of shape {w.shape} do not fit an input of shape {x.shape}")
 
 
 def _conv(b: Builder, c: Call, x: Value, w: Input, bias: Input | None = None) -> Output:
-    _weights(x, w, bias)
+    _weights(x, w, bias, w.shape[0])
     x = b.batched(x)
     groups = int(c.attr("group", 1))
-    if w.shape[1] * groups != x.shape[1]:
+    if w.shape[1] * groups != x.shape[1] or w.shape[0] % groups:
         raise CaptureError(f"weights of shape {w.shape} do not fit an input of shape {x.shape}")
     axes = _axes(c, x.shape[2:], w.shape[2:])
     shape = (1, w.shape[0], *(a.out() for a in axes))
@@ -107,13 +107,16 @@ def _conv(b: Builder, c: Call, x: Value, w: Input, bias: Input | None = None) ->
 
 
 def _conv_transpose(b: Builder, c: Call, x: Value, w: Input, bias: Input | None = None) -> Output:
-    _weights(x, w, bias)
+    groups = int(c.attr("group", 1))
+    _weights(x, w, bias, w.shape[1] * groups)
     x = b.batched(x)
-    n, groups = x.rank - 2, int(c.attr("group", 1))
-    if w.shape[0] != x.shape[1] or n not in (1, 2, 3):
+    n = x.rank - 2
+    if w.shape[0] != x.shape[1] or n not in (1, 2, 3) or groups < 1 or w.shape[0] % groups:
         raise CaptureError(f"weights of shape {w.shape} do not fit an input of shape {x.shape}")
     strides, dilations = _ints(c, "strides", n, 1), _ints(c, "dilations", n, 1)
     extra = _ints(c, "output_padding", n, 0)
+    if any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+        raise CaptureError(f"output_padding={list(extra)} exceeds stride and dilation")
     full = [
         strides[i] * (x.shape[2 + i] - 1) + dilations[i] * (w.shape[2 + i] - 1) + 1 + extra[i]
         for i in range(n)
