@@ -14,67 +14,73 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.state import State
-from calipers.graph.graph import Node, Ref
+from calipers.graph.graph import Node, Ref, resolve
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval
-
-
-def interval_of(state: State, node: Node) -> Interval:
-    """The interval of a node from the intervals of its operands."""
-    args = [_lookup(state, a) for a in node.args]
-    kwargs = {k: _lookup(state, v) for k, v in node.kwargs.items()}
-    kind = state.kind(node)
-    return RULES[type(kind)](state, kind, node, args, kwargs)
 
 
 def propagate(
     state: State, *, tighten: Callable[[State, Node], None] | None = None, until: str | None = None
 ) -> None:
-    """Fill ``state.boxes`` for all active nodes in order (up to ``until``); ``tighten`` may improve a
-    node's operands before it is read."""
+    """Fill ``state.boxes``, and the reference trace with the boxes' centres, for all active nodes in order
+    (up to ``until``); ``tighten`` may improve a node's operands before it is read."""
     graph = state.network.graph
     for node in graph.nodes:
         if node.name in graph.active:
             if tighten is not None:
                 tighten(state, node)
-            state.boxes[node.name] = interval_of(state, node)
+            _visit(state, node)
         if node.name == until:
             return
 
 
+def _visit(state: State, node: Node) -> None:
+    args = [_lookup(state, a) for a in node.args]
+    kwargs = {k: _lookup(state, v) for k, v in node.kwargs.items()} if node.kwargs else {}
+    kind = state.kind(node)
+    if isinstance(kind, Affine):
+        box, center = _affine(state, kind, node, args, kwargs)
+    else:
+        box = RULES[type(kind)](state, kind, node, args, kwargs)
+        center = (box.lower + box.upper) * 0.5
+    state.boxes[node.name], state.env[node.name] = box, center
+
+
 def _lookup(state: State, value: Any) -> Any:
-    if isinstance(value, Ref):
-        return state.boxes[value.name] if value.name in state.boxes else state.env[value.name]
+    if type(value) is Ref:
+        box = state.boxes.get(value.name)
+        return state.env[value.name] if box is None else box
     if type(value) is list or type(value) is tuple:
         return type(value)(_lookup(state, v) for v in value)
     return value
 
 
 def _each(args: Sequence[Any], f: Callable[[Interval], Tensor]) -> list[Any]:
-    def visit(item: Any) -> Any:
-        if isinstance(item, Interval):
-            return f(item)
-        return [visit(i) for i in item] if isinstance(item, list) else item
-
-    return [visit(a) for a in args]
+    """``args`` with ``f`` of each interval, also inside lists."""
+    return [f(a) if type(a) is Interval else _each(a, f) if type(a) is list else a for a in args]
 
 
 def _affine(
     state: State, kind: Affine, node: Node, args: list[Any], kwargs: Mapping[str, Any]
-) -> Interval:
+) -> tuple[Interval, Tensor]:
+    """The box, and the reference: exactly the op of its operands' references."""
     op = node.op
+    active = [name for name in node.operands if name in state.network.graph.active]
+    references = [resolve(a, state.env) for a in node.args]
+    reference = op(*references, **kwargs)
+    gamma = state.gamma(kind.terms(*references, **kwargs)) if state.rigorous else 0.0
     if kind.magnitude is None:
         low = op(*_each(args, lambda x: x.lower), **kwargs)
         high = op(*_each(args, lambda x: x.upper), **kwargs)
-        gamma = state.gamma(kind.terms(*_each(args, lambda x: x.lower), **kwargs))
         if not gamma:
-            return Interval(low, high)
+            return Interval(low, high), reference
         size = op(*_magnitudes(args), **kwargs) * gamma
-        return Interval(low - size, high + size)
-    center = op(*_each(args, _center), **kwargs)
-    gamma = state.gamma(kind.terms(*_each(args, _center), **kwargs))
+        return Interval(low - size, high + size), reference
+    # a refined operand is no longer centred on its reference, and is narrower around its own centre
+    centred = state.off_centre.isdisjoint(active)
+    center = reference if centred else op(*_each(args, _center), **kwargs)
     radius = kind.magnitude(gamma, *_each(args, lambda x: _radius(x, gamma)), **kwargs)
-    return Interval(center - radius, center + radius)
+    return Interval(center - radius, center + radius), reference
 
 
 def _center(x: Interval) -> Tensor:
@@ -82,6 +88,7 @@ def _center(x: Interval) -> Tensor:
 
 
 def _radius(x: Interval, gamma: float) -> Tensor:
+    """Half the width; with ``gamma`` also the rounding of the centre and of the product with it."""
     half = (x.upper - x.lower) * 0.5
     return half + gamma * torch.maximum(x.lower.abs(), x.upper.abs()) if gamma else half
 
@@ -135,7 +142,6 @@ def _extremum(
 
 
 RULES: dict[type, Callable[..., Interval]] = {
-    Affine: _affine,
     Activation: _activation,
     Bilinear: _bilinear,
     Extremum: _extremum,

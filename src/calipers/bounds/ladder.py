@@ -10,14 +10,14 @@ are differentiable in the parameters and in the region's centre.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from calipers.bounds.interval import exactness, propagate
-from calipers.bounds.linear import both_bounds, lower_bound
+from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
 from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start
 from calipers.graph.graph import Network, Node
@@ -51,9 +51,7 @@ def interval(
     Cost: about two forward passes.
     Reference: Gowal et al. 2018 (IBP), eqs. 6-11.
     """
-    return _chunked(
-        _interval, network, region, spec, dtype, rigorous, memory, statistics, trace=False
-    )
+    return _chunked(_interval, network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def crown_ibp(
@@ -111,9 +109,7 @@ def preactivations(
 
     Where a neuron is stable, or interval bounds are exact, intervals are all there is.
     """
-    state = start(
-        network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None, trace=tight
-    )
+    state = start(network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None)
     propagate(state, tighten=_tightener(state) if tight else None)
     return state.boxes
 
@@ -130,7 +126,6 @@ def _chunked(
     rigorous: bool,
     memory: int | None,
     statistics: Statistics | None,
-    trace: bool = True,
 ) -> Tensor:
     begin = partial(
         start,
@@ -139,13 +134,10 @@ def _chunked(
         rigorous=rigorous,
         memory=memory,
         statistics=statistics,
-        trace=trace,
     )
-    state = None
     size = _examples(network, spec, memory, dtype)
     if len(region) <= size:
-        state = begin(region)
-        return run(state, spec)
+        return run(begin(region), spec)
     parts = [
         run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, len(region), size)
     ]
@@ -170,39 +162,22 @@ def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dty
 def _interval(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
     propagate(state)
-    return _elided(state, C, d)
-
-
-def _elided(state: State, C: Tensor, d: Tensor) -> Tensor:
-    """Rows C pulled back through the last affine nodes only, then over the boxes of what feeds those: (B, M)."""
-    graph = state.network.graph
     tail = _tail(state)
     if not tail:
         return _from_box(state, C, d)
-    names = {node.name for node in tail}
-    if graph.output not in state.env:  # no reference trace: the boxes' centres serve as one
-        for name in {
-            name for node in tail for name in node.operands if name in graph.active
-        } - names:
-            box = state.boxes[name]
-            state.env[name] = (box.lower + box.upper) * 0.5
-        for node in tail:
-            args, kwargs = state.arguments(node)
-            state.env[node.name] = node.op(*args, **kwargs)
-    inputs = graph.inputs
-    low = lower_bound(state, graph.output, C, stop=lambda v: v in inputs or v not in names)
-    return _at_reference(state, C, d) + low.T
+    low = lower_bounds(state, state.network.graph.output, C, [lambda v: v not in tail], last=False)
+    return _at_reference(state, C, d) + low[0].T
 
 
-def _tail(state: State) -> list[Node]:
-    """The active nodes from which only affine nodes lead to the output, in order."""
+def _tail(state: State) -> frozenset[str]:
+    """The active values from which only affine ops lead to the output."""
     graph = state.network.graph
-    wanted, tail = {graph.output}, []
+    wanted, tail = {graph.output}, set()
     for node in reversed(graph.nodes):
         if node.name in wanted and isinstance(state.kind(node), Affine):
-            tail.append(node)
+            tail.add(node.name)
             wanted |= set(node.operands) & graph.active
-    return tail[::-1]
+    return frozenset(tail)
 
 
 def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
@@ -226,7 +201,10 @@ def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
 def _crown_ibp(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
     propagate(state)
-    return torch.maximum(_functionals(state, C, d), _elided(state, C, d))
+    tail = _tail(state)
+    if not tail:
+        return torch.maximum(_functionals(state, C, d), _from_box(state, C, d))
+    return _functionals(state, C, d, [lambda v: v not in tail])
 
 
 def _crown(state: State, spec: Spec) -> Tensor:
@@ -241,16 +219,21 @@ def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
     return torch.maximum(_crown(state, spec), weak)
 
 
-def _functionals(state: State, C: Tensor, d: Tensor) -> Tensor:
-    """CROWN's pass for rows C of the output over the current boxes: (B, M)."""
+def _functionals(
+    state: State, C: Tensor, d: Tensor, stops: Sequence[Callable[[str], bool]] = ()
+) -> Tensor:
+    """The best of the bounds at the stops and at the input for rows C of the output: (B, M)."""
     output = state.network.graph.output
+    row = _row_bytes(state.network, state.dtype)
     parts = [
-        torch.cat([lower_bound(part, output, C[rows, span]) for rows in cuts])
-        for part, span, cuts in _parts(
-            state, [len(C)] * state.batch, _row_bytes(state.network, state.dtype)
-        )
+        torch.cat([_best(lower_bounds(part, output, C[rows, span], stops)) for rows in cuts])
+        for part, span, cuts in _parts(state, [len(C)] * state.batch, row)
     ]
     return _at_reference(state, C, d) + torch.cat(parts, 1).T
+
+
+def _best(bounds: list[Tensor]) -> Tensor:
+    return torch.stack(bounds).amax(0) if len(bounds) > 1 else bounds[0]
 
 
 def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:
@@ -324,6 +307,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
         lows.append(pair[0])
         highs.append(pair[1])
     shape = state.boxes[name].lower.shape
+    state.off_centre.add(name)
     state.boxes[name] = Interval(torch.cat(lows).reshape(shape), torch.cat(highs).reshape(shape))
 
 

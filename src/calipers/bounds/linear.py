@@ -9,7 +9,7 @@ difference, A ↦ A·mid − |A|·half. Upper bounds are lower bounds of −A: b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,21 +26,37 @@ Rows = Tensor | Patch  # (S, B, *shape), or windows of it
 Parts = dict[int, Rows]  # operand number -> rows
 
 
-def lower_bound(
-    state: State, name: str, A: Tensor, *, stop: Callable[[str], bool] | None = None
-) -> Tensor:
-    """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B).
+def lower_bounds(
+    state: State,
+    name: str,
+    A: Tensor,
+    stops: Sequence[Callable[[str], bool]] = (),
+    *,
+    last: bool = True,
+) -> list[Tensor]:
+    """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
     Args:
-        stop: values to concretise by their intervals; the default is the input alone.
+        stops: for each of them one more bound, first in the list: the walk halts at the values that it
+            accepts, which are concretised by their intervals, and then goes on.
+        last: go on to the input for one more bound.
     """
-    return _Pull(state, name, stop).run(A)[0]
+    pull = _Pull(state, name)
+    pull.rows[name] = A
+    totals = []
+    for stop in stops:
+        pull.walk(stop)
+        totals.append(pull.total())
+    if last:
+        pull.walk()
+        totals.append(pull.total())
+    return totals
 
 
 def both_bounds(state: State, name: str, index: Tensor) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
     z = state.env[name].flatten(1).gather(1, index.T).T
-    low, high = _Pull(state, name, None).run_elements(index)
+    low, high = _Pull(state, name).elements_at(index)
     # adding the reference value rounds once more
     slack = (
         state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) if state.rigorous else 0.0
@@ -51,20 +67,14 @@ def both_bounds(state: State, name: str, index: Tensor) -> Interval:
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
-    def __init__(self, state: State, name: str, stop: Callable[[str], bool] | None) -> None:
+    def __init__(self, state: State, name: str) -> None:
         self.state, self.name = state, name
-        inputs = state.network.graph.inputs
-        self.stop = stop or (lambda value: value in inputs)
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | float = 0.0
         self.elements = self.mirrored = False
 
-    def run(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        self.rows[self.name] = A
-        return self._walk()
-
-    def run_elements(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit rows, lower and upper side."""
+    def elements_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of unit rows."""
         self.elements = True
         node = self.state.network.graph.node[self.name]
         kind = self.state.kind(node)
@@ -74,20 +84,29 @@ class _Pull:
             if noise is not None:
                 self.bias = -noise.flatten(1).gather(1, index.T).T
             self.rows[node.operands[0]] = rows
-            return self._walk(skip=True)
-        flat = math.prod(node.shape)
-        A = torch.zeros(*index.shape, flat, dtype=self.state.dtype, device=index.device)
-        A.scatter_(2, index.unsqueeze(2), 1.0)
-        self.rows[self.name] = A.reshape(*index.shape, *node.shape)
-        return self._walk()
+        else:
+            flat = math.prod(node.shape)
+            A = torch.zeros(*index.shape, flat, dtype=self.state.dtype, device=index.device)
+            A.scatter_(2, index.unsqueeze(2), 1.0)
+            self.rows[self.name] = A.reshape(*index.shape, *node.shape)
+        self.walk()
+        low = self.total()
+        if not self.mirrored:
+            return low, -self.total(-1.0)
+        half = len(low) // 2
+        return low[:half], -low[half:]
 
-    def _walk(self, *, skip: bool = False) -> tuple[Tensor, Tensor]:
+    def walk(self, stop: Callable[[str], bool] | None = None) -> None:
+        """Pull everything back to the input, or to values that ``stop`` accepts."""
         graph = self.state.network.graph
-        last = graph.position[self.name]
-        for node in reversed(graph.nodes[: last if skip else last + 1]):
-            if node.name in self.rows and not self.stop(node.name):
+        for node in reversed(graph.nodes[: graph.position[self.name] + 1]):
+            if node.name in self.rows and not (stop and stop(node.name)):
                 self._step(node, self.rows.pop(node.name))
-        return self._settle()
+
+    def total(self, sign: float = 1.0) -> Tensor:
+        """The bound over what is left, concretised."""
+        parts = [concretise(self.state, k, A if sign > 0 else -A) for k, A in self.rows.items()]
+        return sum(parts[1:], parts[0]) + self.bias
 
     def _step(self, node: Node, A: Rows) -> None:
         state = self.state
@@ -118,22 +137,6 @@ class _Pull:
         self.rows = {k: _mirrored(v) for k, v in self.rows.items()}
         if isinstance(self.bias, Tensor):  # so far only rounding, the same for both
             self.bias = torch.cat([self.bias, self.bias])
-
-    def _settle(self) -> tuple[Tensor, Tensor]:
-        """Concretise what is left: (lower, upper); for `run` the two are the same."""
-        low = self._total(1.0)
-        if not self.elements:
-            return low, low
-        if not self.mirrored:
-            return low, -self._total(-1.0)
-        half = len(low) // 2
-        return low[:half], -low[half:]
-
-    def _total(self, sign: float) -> Tensor:
-        parts = [
-            concretise(self.state, name, A if sign > 0 else -A) for name, A in self.rows.items()
-        ]
-        return sum(parts[1:], parts[0]) + self.bias
 
 
 def _mirrored(A: Rows) -> Rows:
@@ -175,25 +178,27 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
     if at_input:
         symmetric = math.isinf(state.region.p)
         low = -state.region.reach(A if symmetric else -A, state.frame)
+        if not symmetric:
+            low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
         size = state.once("deviation", name, _deviation) if state.rigorous else A
     else:
-        below, above = state.once("sides", name, _sides)
-        middle, half = (above - below) * 0.5, (above + below) * 0.5
+        low_end, high_end = state.once("offsets", name, _offsets)
+        middle, half = (high_end + low_end) * 0.5, (high_end - low_end) * 0.5
         low = _dot(A, middle) - _dot(A.abs(), half)
         size = half + middle.abs()
     gamma = state.gamma(math.prod(A.shape[2:]) + 4)
     return low - gamma * _dot(A.abs(), size) if gamma else low
 
 
-def _sides(state: State, name: str) -> tuple[Tensor, Tensor]:
-    """How far the value may lie below and above the reference."""
+def _offsets(state: State, name: str) -> Interval:
+    """Where the value may lie, relative to its reference."""
     box, z = state.boxes[name], state.env[name]
-    return z - box.lower, box.upper - z
+    return Interval(box.lower - z, box.upper - z)
 
 
 def _deviation(state: State, name: str) -> Tensor:
-    below, above = _sides(state, name)
-    return torch.maximum(below, above)
+    low, high = _offsets(state, name)
+    return torch.maximum(-low, high)
 
 
 def _size(A: Rows) -> Rows:

@@ -1,8 +1,8 @@
 """What all bounds of one call share: bound parameters, the set in one dtype, a reference trace, intervals.
 
-Linear bounds are written in *deviations from a reference trace*: run the network once at the region's origin,
-call the values z, and bound A·(h − z) instead of A·h. Then an affine op contributes no constant, only activations do, and
-numbers stay small, which is good for rounding too.
+Linear bounds are written in *deviations from a reference* z: they bound A·(h − z) instead of A·h. Any z will do that
+an affine op maps to the next; then affine ops contribute no constant, only activations do, and numbers stay small, which
+is good for rounding too. Interval propagation leaves such a reference behind at no cost: the centres of its boxes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calipers.errors import UnsupportedOp
-from calipers.graph.graph import Network, Node, bind, concrete, resolve, walk
+from calipers.graph.graph import Network, Node, bind, resolve
 from calipers.ops import Kind, kinds, unsupported
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
@@ -31,7 +31,7 @@ class State:
     """One bound computation over a batch of regions. ``boxes`` and ``cache`` fill as it goes.
 
     Args:
-        env: parameters, constants and the reference trace, by value name.
+        env: parameters, constants and the reference, by value name.
         frame: the region in the working dtype.
         gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
         memory: bytes of working memory to plan for.
@@ -45,6 +45,9 @@ class State:
     memory: int
     boxes: dict[str, Interval] = field(default_factory=dict)
     cache: dict[tuple[str, str], Any] = field(default_factory=dict)
+    off_centre: set[str] = field(
+        default_factory=set
+    )  # refined: the reference is not the box's centre
     parent: State | None = None
     span: slice = field(default_factory=lambda: slice(None))  # of the parent's examples
 
@@ -138,9 +141,8 @@ def start(
     rigorous: bool,
     memory: int | None,
     statistics: Mapping[str, Tensor] | None,
-    trace: bool = True,
 ) -> State:
-    """Bind parameters, place the region, and (for linear bounds) run the reference trace.
+    """Bind parameters and place the region.
 
     Raises:
         UnsupportedOp: naming every op without an entry.
@@ -161,15 +163,20 @@ def start(
     frame = region.frame(working)
     state = State(network, region, env, frame, rigorous, memory or DEFAULT_MEMORY)
     state.boxes[graph.inputs[0]] = frame.hull
-    if trace:
-        env[graph.inputs[0]] = frame.origin
-        walk(graph, env, concrete)
-    else:
-        for node in graph.nodes:
-            if node.name not in graph.active:
-                args, kwargs = state.arguments(node)
-                env[node.name] = node.op(*args, **kwargs)
+    env[graph.inputs[0]] = _center(frame)
+    for node in graph.nodes:
+        if node.name not in graph.active:
+            args, kwargs = state.arguments(node)
+            env[node.name] = node.op(*args, **kwargs)
     return state
+
+
+def _center(frame: Frame) -> Tensor:
+    """The centre of the hull; of an unbounded side, the origin."""
+    if frame.above is frame.below:  # then the origin is the centre
+        return frame.origin
+    center = (frame.hull.lower + frame.hull.upper) * 0.5
+    return torch.where(torch.isfinite(center), center, frame.origin)
 
 
 def _require_eval(env: Mapping[str, Any]) -> None:
