@@ -55,8 +55,8 @@ def bound(
 ) -> Tensor:
     """Certified margins over the rivals in class order, (B, K − 1): never above the true minimum.
 
-    Computed in float64 with the rounding of the computation subtracted, so a positive row proves robustness of the stored
-    parameters in real arithmetic.
+    Computed in float64 with the rounding of the computation subtracted, so a positive row proves robustness of
+    the stored parameters in real arithmetic.
 
     Raises:
         UnsupportedOp: an op of the network has no entry in the op table.

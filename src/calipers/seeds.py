@@ -13,7 +13,8 @@ def seeds(x: Tensor, run_seed: int, method: str, restart: int = 0) -> Tensor:
     salt = f"{run_seed}:{method}:{restart}:".encode()
     rows = x.detach().cpu().contiguous().flatten(1)
     return torch.tensor(
-        [_digest(salt + row.view(torch.uint8).numpy().tobytes()) for row in rows.unbind()], dtype=torch.int64
+        [_digest(salt + row.view(torch.uint8).numpy().tobytes()) for row in rows.unbind()],
+        dtype=torch.int64,
     )
 
 

@@ -1,7 +1,7 @@
 """Gradient attacks: FGSM, projected gradient descent, and targeted attacks.
 
-Each returns one point per example and no success flag: `calipers.witness` alone decides. Models are any callables that are
-differentiable in their input; their parameters' gradients are neither computed nor touched.
+Each returns one point per example and no success flag: `calipers.witness` alone decides. Models are any callables
+that are differentiable in their input; their parameters' gradients are neither computed nor touched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def fgsm(
 ) -> Tensor:
     """The point of the region that maximises the loss's linearisation at the centre: (B, *x).
 
-    max ⟨g, x⟩ over the ball and the box, g the input gradient at the centre: x + eps·sign(g) for linf. Exact for an affine model.
+    max ⟨g, x⟩ over the ball and the box, g the input gradient at the centre: x + eps·sign(g) for linf. Exact for
+    an affine model.
 
     Cost: one forward and one backward pass.
     Reference: Goodfellow et al. 2015; for l2 and l1 with a box the exact linear maximiser.

@@ -1,7 +1,7 @@
 """What an attack maximises: a function of the specification's values, one number per example.
 
-All are exact for labels (values y_label − y_j) and well defined for any conjunction of clauses. Sums over a batch of them
-have per-example gradients, so that nothing depends on the batch size.
+All are exact for labels (values y_label − y_j) and well defined for any conjunction of clauses. Sums over a batch
+of them have per-example gradients, so that nothing depends on the batch size.
 """
 
 from __future__ import annotations

@@ -7,29 +7,46 @@ product: the radius's own map carries gamma_n·|centre| along.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calipers.bounds.state import State
+from calipers.bounds.state import State, absolute_number
 from calipers.graph.graph import Node, Ref, resolve
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval
 
 
 def propagate(
-    state: State, *, tighten: Callable[[State, Node], None] | None = None, until: str | None = None
+    state: State,
+    *,
+    tighten: Callable[[State, Node], None] | None = None,
+    until: str | None = None,
+    keep: Collection[str] | None = None,
 ) -> None:
-    """Fill ``state.boxes``, and the reference trace with the boxes' centres, for all active nodes in order
-    (up to ``until``); ``tighten`` may improve a node's operands before it is read."""
+    """Fill ``state.boxes``, and the reference with the boxes' centres, for all active nodes in order.
+
+    Args:
+        tighten: may improve a node's operands before it is read.
+        until: stop at this node; if it is affine only its reference is filled, which is cheaper.
+        keep: if given, forget every other value after its last use.
+    """
     graph = state.network.graph
     for node in graph.nodes:
         if node.name in graph.active:
             if tighten is not None:
                 tighten(state, node)
-            _visit(state, node)
+            if node.name == until and isinstance(state.kind(node), Affine):
+                args, kwargs = state.arguments(node)
+                state.env[node.name] = node.op(*args, **kwargs)
+            else:
+                _visit(state, node)
+        if keep is not None:
+            for name in graph.last_use[node.name]:
+                if name not in keep and name in state.boxes:
+                    del state.boxes[name], state.env[name]
         if node.name == until:
             return
 
@@ -42,7 +59,7 @@ def _visit(state: State, node: Node) -> None:
         box, center = _affine(state, kind, node, args, kwargs)
     else:
         box = RULES[type(kind)](state, kind, node, args, kwargs)
-        center = (box.lower + box.upper) * 0.5
+        center = _center(box)
     state.boxes[node.name], state.env[node.name] = box, center
 
 
@@ -68,8 +85,11 @@ def _affine(
     active = [name for name in node.operands if name in state.network.graph.active]
     references = [resolve(a, state.env) for a in node.args]
     reference = op(*references, **kwargs)
-    gamma = state.gamma(kind.terms(*references, **kwargs)) if state.rigorous else 0.0
+    terms = kind.terms(*references, **kwargs) if state.rigorous else 0
+    if not state.off_centre.isdisjoint(active):  # nor will what follows be centred on its reference
+        state.off_centre.add(node.name)
     if kind.magnitude is None:
+        gamma = state.gamma(terms)
         low = op(*_each(args, lambda x: x.lower), **kwargs)
         high = op(*_each(args, lambda x: x.upper), **kwargs)
         if not gamma:
@@ -79,29 +99,30 @@ def _affine(
     # a refined operand is no longer centred on its reference, and is narrower around its own centre
     centred = state.off_centre.isdisjoint(active)
     center = reference if centred else op(*_each(args, _center), **kwargs)
+    gamma = state.gamma(max(terms, 1))  # centre and radius round even where the op does not
     radius = kind.magnitude(gamma, *_each(args, lambda x: _radius(x, gamma)), **kwargs)
     return Interval(center - radius, center + radius), reference
 
 
 def _center(x: Interval) -> Tensor:
-    return (x.lower + x.upper) * 0.5
+    return torch.lerp(x.lower, x.upper, 0.5)
 
 
 def _radius(x: Interval, gamma: float) -> Tensor:
     """Half the width; with ``gamma`` also the rounding of the centre and of the product with it."""
-    half = (x.upper - x.lower) * 0.5
+    half = (x.upper - x.lower).mul_(0.5)
     return half + gamma * torch.maximum(x.lower.abs(), x.upper.abs()) if gamma else half
 
 
 def _magnitudes(args: Sequence[Any]) -> list[Any]:
-    """Every tensor argument by absolute value, intervals by their largest."""
+    """Every tensor or number by absolute value, intervals by their largest."""
 
     def visit(item: Any) -> Any:
         if isinstance(item, Interval):
             return torch.maximum(item.lower.abs(), item.upper.abs())
         if isinstance(item, list):
             return [visit(i) for i in item]
-        return item.abs() if isinstance(item, Tensor) else item
+        return item.abs() if isinstance(item, Tensor) else absolute_number(item)
 
     return [visit(a) for a in args]
 
@@ -152,7 +173,7 @@ def exactness(state: State) -> dict[str, str]:
     """How good interval bounds are at each value, for a box region: "free" (elements vary independently),
     "exact" (each element's range is exact), or "loose"."""
     graph = state.network.graph
-    status = {name: "free" for name in graph.inputs}
+    status = dict.fromkeys(graph.inputs, "free")
     for node in graph.nodes:
         sources = [status[name] for name in node.operands if name in status]
         if not sources:

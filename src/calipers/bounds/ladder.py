@@ -21,6 +21,7 @@ from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
 from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start
 from calipers.graph.graph import Network, Node
+from calipers.ops import facts
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -127,6 +128,7 @@ def _chunked(
     memory: int | None,
     statistics: Statistics | None,
 ) -> Tensor:
+    dtype = dtype or network.dtype
     begin = partial(
         start,
         network,
@@ -149,9 +151,9 @@ def _row_bytes(network: Network, dtype: torch.dtype) -> int:
     return 6 * dtype.itemsize * max(math.prod(network.input_shape), network.graph.widest)
 
 
-def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dtype | None) -> int:
+def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dtype) -> int:
     """How many examples to take at a time: their values and intervals, and the functionals' rows."""
-    row = _row_bytes(network, dtype or network.dtype)
+    row = _row_bytes(network, dtype)
     values = len(network.graph.nodes) * row
     return max(1, (memory or DEFAULT_MEMORY) // (row * max(spec.C.shape[1], 2) + values))
 
@@ -161,23 +163,14 @@ def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dty
 
 def _interval(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    propagate(state)
-    tail = _tail(state)
+    graph = state.network.graph
+    known = facts(graph)
+    tail = known.tail
+    propagate(state, until=graph.output, keep=tail | known.heads | {graph.output})
     if not tail:
         return _from_box(state, C, d)
-    low = lower_bounds(state, state.network.graph.output, C, [lambda v: v not in tail], last=False)
+    low = lower_bounds(state, graph.output, C, [lambda v: v not in tail], last=False)
     return _at_reference(state, C, d) + low[0].T
-
-
-def _tail(state: State) -> frozenset[str]:
-    """The active values from which only affine ops lead to the output."""
-    graph = state.network.graph
-    wanted, tail = {graph.output}, set()
-    for node in reversed(graph.nodes):
-        if node.name in wanted and isinstance(state.kind(node), Affine):
-            tail.add(node.name)
-            wanted |= set(node.operands) & graph.active
-    return frozenset(tail)
 
 
 def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
@@ -190,7 +183,7 @@ def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
 
 def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     """C·z + d at the reference output, less its rounding: (B, M)."""
-    z = state.env[state.network.graph.output]
+    z: Tensor = state.env[state.network.graph.output]
     value = (C * z).sum(-1) + d
     gamma = state.gamma(C.shape[-1] + 2)
     if gamma:
@@ -200,8 +193,8 @@ def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
 
 def _crown_ibp(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    propagate(state)
-    tail = _tail(state)
+    propagate(state, until=state.network.graph.output)
+    tail = facts(state.network.graph).tail
     if not tail:
         return torch.maximum(_functionals(state, C, d), _from_box(state, C, d))
     return _functionals(state, C, d, [lambda v: v not in tail])

@@ -1,9 +1,10 @@
 """Linear bounds backward (CROWN): rows of functionals pulled back through the graph.
 
-For rows A of a value h with reference z, the walk keeps  A·(h − z) ≥ Σ A_v·(v − z_v) + bias  over fewer and
-earlier values v, and concretises at the input by the region's exact support function. An affine op is its
-transpose; an activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and half
-difference, A ↦ A·mid − |A|·half. Upper bounds are lower bounds of −A: both sides share every step until the first activation.
+For rows A of a value h with reference z, the walk keeps A·(h − z) ≥ Σ A_v·(v − z_v) + bias over fewer and earlier
+values v, and concretises at the input by the region's exact support function. An affine op is its transpose; an
+activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and half
+difference, A ↦ A·mid − |A|·half. Upper bounds are lower bounds of −A: both sides share every step until the first
+activation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from calipers.bounds import patches
 from calipers.bounds.patches import Patch
-from calipers.bounds.state import State, at
+from calipers.bounds.state import State, absolute_number, at
 from calipers.graph.graph import Node
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
@@ -118,12 +119,11 @@ class _Pull:
         split = self.elements and not self.mirrored and not isinstance(kind, Affine)
         if split:
             self._mirror()
+        bias: Tensor | None
         if isinstance(kind, Activation):
             parts, bias = _activation(state, kind, node, A, split)
         else:
-            if split:
-                A = _mirrored(A)
-            parts, bias = RULES[type(kind)](state, kind, node, A)
+            parts, bias = RULES[type(kind)](state, kind, node, _mirrored(A) if split else A)
         if bias is not None:
             self.bias = self.bias + bias
         for index, rows in parts.items():
@@ -182,10 +182,8 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
             low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
         size = state.once("deviation", name, _deviation) if state.rigorous else A
     else:
-        low_end, high_end = state.once("offsets", name, _offsets)
-        middle, half = (high_end + low_end) * 0.5, (high_end - low_end) * 0.5
-        low = _dot(A, middle) - _dot(A.abs(), half)
-        size = half + middle.abs()
+        size = state.once("deviation", name, _deviation)
+        low = -_dot(A.abs(), size)
     gamma = state.gamma(math.prod(A.shape[2:]) + 4)
     return low - gamma * _dot(A.abs(), size) if gamma else low
 
@@ -288,7 +286,7 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
 def _absolute(value: Any) -> Any:
     if isinstance(value, list):
         return [_absolute(v) for v in value]
-    return value.abs() if isinstance(value, Tensor) else value
+    return value.abs() if isinstance(value, Tensor) else absolute_number(value)
 
 
 # -- activations --------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Rows of convolutional neurons as small windows instead of whole feature maps.
 
 A neuron of a convolution sees a window of each earlier map, at a regular grid of places. Its rows are kept as that
-window's coefficients and its place, so the work is that of the window. Windows may reach outside the map (into its padding);
-coefficients there multiply nothing. `dense` turns a patch into ordinary rows where an op has no rule for windows.
+window's coefficients and its place, so the work is that of the window. Windows may reach outside the map (into its
+padding); coefficients there multiply nothing. `dense` turns a patch into ordinary rows where an op has no rule for
+windows.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Rows of a value of shape (C, H, W): coefficients (S, B, C, h, w) of the window at ``place`` (S, B) of ``grid``."""
+    """Rows over values of shape (C, H, W): (S, B, C, h, w) of the window at ``place`` (S, B) of ``grid``."""
 
     data: Tensor
     place: Tensor

@@ -1,8 +1,9 @@
 """What all bounds of one call share: bound parameters, the set in one dtype, a reference trace, intervals.
 
 Linear bounds are written in *deviations from a reference* z: they bound A·(h − z) instead of A·h. Any z will do that
-an affine op maps to the next; then affine ops contribute no constant, only activations do, and numbers stay small, which
-is good for rounding too. Interval propagation leaves such a reference behind at no cost: the centres of its boxes.
+an affine op maps to the next; then affine ops contribute no constant, only activations do, and numbers stay small,
+which is good for rounding too. Interval propagation leaves such a reference behind at no cost: the centres of its
+boxes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from calipers.errors import UnsupportedOp
 from calipers.graph.graph import Network, Node, bind, resolve
-from calipers.ops import Kind, kinds, unsupported
+from calipers.ops import Kind, facts
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
 
@@ -74,7 +75,7 @@ class State:
         return 2 * product / (1 - product) if product < 0.5 else math.inf
 
     def kind(self, node: Node) -> Kind:
-        kind = kinds(self.network.graph)[node.name]
+        kind = facts(self.network.graph).kinds[node.name]
         if kind is None:  # `start` has refused such graphs
             raise UnsupportedOp([describe(node)], REMEDY)
         return kind
@@ -92,7 +93,8 @@ class State:
     def once(self, what: str, name: str, make: Callable[[State, str], T]) -> T:
         """``make(state, name)``, computed once for the whole batch and cut to this part of it."""
         if self.parent is not None:
-            return _cut(self.parent.once(what, name, make), self.span)
+            part: T = _cut(self.parent.once(what, name, make), self.span)
+            return part
         key = (what, name)
         if key not in self.cache:
             self.cache[key] = make(self, name)
@@ -149,7 +151,7 @@ def start(
         ValueError: the region does not fit the network's input.
     """
     graph = network.graph
-    missing = unsupported(graph)
+    missing = facts(graph).unsupported
     if missing:
         raise UnsupportedOp(dict.fromkeys(describe(n) for n in missing), REMEDY)
     if tuple(region.center.shape[1:]) != network.input_shape:
@@ -199,6 +201,11 @@ def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
     device = state.frame.origin.device
     C = spec.C.to(device=device, dtype=state.dtype)
     return C.transpose(0, 1), spec.d.to(device=device, dtype=state.dtype).transpose(0, 1)
+
+
+def absolute_number(value: Any) -> Any:
+    """|value| of a scalar operand; whatever else an op takes as it is."""
+    return abs(value) if type(value) in (int, float) else value
 
 
 def at(args: Sequence[Any], values: Mapping[int, Any]) -> list[Any]:

@@ -225,7 +225,8 @@ class Network:
         """The dtype of its floating-point parameters (float32 if it has none)."""
         names = (name for name in self.graph.params.values() if not name.endswith(":training"))
         for tensor in chain(
-            (operator.attrgetter(name)(self.module) for name in names), self.graph.constants.values()
+            (operator.attrgetter(name)(self.module) for name in names),
+            self.graph.constants.values(),
         ):
             if tensor.is_floating_point():
                 dtype: torch.dtype = tensor.dtype

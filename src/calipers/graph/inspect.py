@@ -140,10 +140,11 @@ def _layers(graph: Graph, env: Mapping[str, Any]) -> tuple[Layer, ...]:
 
 def _support(graph: Graph) -> dict[str, str]:
     """Attacks run whatever evaluates; the bounds need an entry of the op table for every active node."""
-    from calipers.ops import unsupported
+    from calipers.ops import facts
 
     missing = Counter(
-        f"{_op(node)} (in {node.path!r})" if node.path else _op(node) for node in unsupported(graph)
+        f"{_op(node)} (in {node.path!r})" if node.path else _op(node)
+        for node in facts(graph).unsupported
     )
     names = ", ".join(f"{k} x{n}" if n > 1 else k for k, n in missing.items())
     bounds = f"no: {names}" if names else "yes"

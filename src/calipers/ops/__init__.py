@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,7 +32,7 @@ OPS: dict[Callable[..., Any], Kind] = {
 }
 
 
-_KNOWN: WeakKeyDictionary[Graph, dict[str, Kind | None]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Graph, Facts] = WeakKeyDictionary()
 
 
 def register(op: Callable[..., Any], kind: Kind) -> None:
@@ -56,15 +57,35 @@ def kind_of(graph: Graph, node: Node) -> Kind | None:
     return kind if perturbed == [0] else None
 
 
-def kinds(graph: Graph) -> dict[str, Kind | None]:
-    """The kind of every active node by name, looked up once per graph."""
+@dataclass(frozen=True)
+class Facts:
+    """What the table says about one graph.
+
+    Args:
+        kinds: of every active node, by name.
+        unsupported: the nodes that bounds cannot read.
+        tail: the active values from which only affine ops lead to the output.
+        heads: the values that the tail reads, and the input.
+    """
+
+    kinds: Mapping[str, Kind | None]
+    unsupported: tuple[Node, ...]
+    tail: frozenset[str]
+    heads: frozenset[str]
+
+
+def facts(graph: Graph) -> Facts:
+    """Looked up once per graph (and again after `register`)."""
     known = _KNOWN.get(graph)
     if known is None:
-        known = {n.name: kind_of(graph, n) for n in graph.nodes if n.name in graph.active}
-        _KNOWN[graph] = known
+        kinds = {n.name: kind_of(graph, n) for n in graph.nodes if n.name in graph.active}
+        missing = tuple(graph.node[name] for name, kind in kinds.items() if kind is None)
+        tail: set[str] = set()
+        wanted = {graph.output}
+        for node in reversed(graph.nodes):
+            if node.name in wanted and isinstance(kinds.get(node.name), Affine):
+                tail.add(node.name)
+                wanted |= set(node.operands) & graph.active
+        heads = frozenset(wanted - tail) | set(graph.inputs)
+        known = _KNOWN[graph] = Facts(kinds, missing, frozenset(tail), heads)
     return known
-
-
-def unsupported(graph: Graph) -> list[Node]:
-    """The nodes that bounds cannot read."""
-    return [graph.node[name] for name, kind in kinds(graph).items() if kind is None]

@@ -38,8 +38,10 @@ def _kink(x: Interval, left: float, right: float) -> Lines:
     width = torch.where(crossing, above - below, 1.0)
     slope = (right * above - left * below) / width
     offset = below * (left - slope)  # the chord meets (l, left·l)
-    one_side = torch.where(l >= 0, right, left).to(l.dtype)
-    tangent = torch.where(u > -l, right, left).to(l.dtype)
+    # tensors, because torch.where of two numbers rounds them to the default dtype
+    slope_left, slope_right = l.new_tensor(left), l.new_tensor(right)
+    one_side = torch.where(l >= 0, slope_right, slope_left)
+    tangent = torch.where(u > -l, slope_right, slope_left)
     zero = torch.zeros_like(l)
     chord_slope = torch.where(crossing, slope, one_side)
     chord_offset = torch.where(crossing, offset, zero)
@@ -86,7 +88,10 @@ def _clamp_relax(x: Interval, low: Any = None, high: Any = None) -> Lines:
     """Each side has two candidate lines (a constant and one through a corner); the one with less area is taken."""
     a, b = _limits(low, high)
     l, u = x
-    f = lambda z: z.clamp(a, b)  # noqa: E731
+
+    def f(z: Tensor) -> Tensor:
+        return z.clamp(a, b)
+
     fl, fu = f(l), f(u)
     inner = ((l >= a) & (u <= b)).to(l.dtype)
     slope, offset = _chord(f, x, inner)
@@ -135,11 +140,11 @@ def _clamp_pieces(low: Any = None, high: Any = None) -> Pieces:
 
 
 def _s_shaped(
-    f: Callable[[Tensor], Tensor], slope_at: Callable[[Tensor], Tensor], total: float
+    f: Callable[[Tensor], Tensor], slope_at: Callable[[Tensor], Tensor]
 ) -> Callable[[Interval], Lines]:
     def upper(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """An upper line on [l, u]: the chord where f lies below it, else the tangent at a point d >= 0 that
-        passes above (l, f(l)); any such tangent is an upper bound."""
+        """An upper line on [l, u] by its slope and a point where it meets f: the chord where f lies below it, else
+        the tangent at a point d >= 0 that passes above (l, f(l)); any such tangent is an upper bound."""
         with torch.no_grad():
             near, far = torch.zeros_like(l), torch.maximum(u, torch.zeros_like(u))
             fl = f(l)
@@ -156,16 +161,14 @@ def _s_shaped(
             # a tangent point nearer the middle is tighter on average where both are sound
             middle = (l + u) / 2
             point = torch.where((l < 0) & (middle > point), middle, point)
-        tangent = slope_at(point)
-        steep, rest = _chord(f, Interval(l, u), slope_at(l))
-        slope = torch.where(chord, steep, tangent)
-        offset = torch.where(chord, rest, f(point) - tangent * point)
-        return slope, offset
+        steep, _ = _chord(f, Interval(l, u), slope_at(l))
+        return torch.where(chord, steep, slope_at(point)), torch.where(chord, l, point)
 
     def relax(x: Interval) -> Lines:
-        up_slope, up_offset = upper(x.lower, x.upper)
-        lo_slope, lo_offset = upper(-x.upper, -x.lower)  # point symmetry about (0, total/2)
-        return Lines(lo_slope, total - lo_offset, up_slope, up_offset)
+        up_slope, up_at = upper(x.lower, x.upper)
+        lo_slope, lo_at = upper(-x.upper, -x.lower)  # f(z) + f(-z) is constant
+        lo_offset = f(-lo_at) + lo_slope * lo_at  # from f itself: near 0 it is far more accurate
+        return Lines(lo_slope, lo_offset, up_slope, f(up_at) - up_slope * up_at)
 
     return relax
 
@@ -208,11 +211,17 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
         _one_sided,
         lambda: Pieces((0.0,), (-1.0, 1.0), 0.0),
     ),
-    torch.clamp: Activation(_monotone(torch.clamp), _clamp_relax, _clamp_linear, _clamp_pieces),
+    torch.clamp: Activation(
+        _monotone(torch.clamp),
+        _clamp_relax,
+        _clamp_linear,
+        _clamp_pieces,
+        ulps=1.0,  # its limits are rounded to the dtype
+    ),
     torch.sigmoid: Activation(
-        _monotone(torch.sigmoid), _s_shaped(torch.sigmoid, _sigmoid_slope, 1.0), _point, ulps=16.0
+        _monotone(torch.sigmoid), _s_shaped(torch.sigmoid, _sigmoid_slope), _point, ulps=16.0
     ),
     torch.tanh: Activation(
-        _monotone(torch.tanh), _s_shaped(torch.tanh, _tanh_slope, 0.0), _point, ulps=16.0
+        _monotone(torch.tanh), _s_shaped(torch.tanh, _tanh_slope), _point, ulps=16.0
     ),
 }

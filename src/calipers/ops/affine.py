@@ -40,8 +40,9 @@ def _matmul_magnitude(_: float, x: Tensor, y: Tensor) -> Tensor:
     return torch.matmul(x.abs(), y.abs())
 
 
-def _matmul_terms(x: Any, y: Any) -> int:
-    return max(x.shape[-1], *x.shape[-2:], *y.shape[-2:])
+def _matmul_terms(x: Tensor, y: Tensor) -> int:
+    longest: int = max(*x.shape[-2:], *y.shape[-2:])
+    return longest
 
 
 # -- convolutions --------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ def pull_back(
         )
     ]
     columns = torch.matmul(w.flatten(1).T, A.flatten(2))
-    return F.fold(columns, size, kernel, dilation, padding, stride)
+    return F.fold(columns, tuple(size), kernel, dilation, padding, stride)
 
 
 def _conv_transpose(transposed: Callable[..., Tensor], n: int) -> Callable[..., Tensor | None]:
@@ -167,7 +168,7 @@ def _mul_transpose(A: Tensor, index: int, shape: Shape, x: Any, y: Any) -> Tenso
 
 
 def _div_magnitude(_: float, x: Tensor, y: Any) -> Tensor:
-    return x / _absolute(y)
+    return torch.div(x, _absolute(y))
 
 
 def _div_transpose(A: Tensor, _i: int, shape: Shape, _x: Any, y: Any) -> Tensor:
@@ -291,7 +292,7 @@ AFFINE: dict[Callable[..., Any], Affine] = {
     torch.neg: Affine(
         lambda _s, x: x,
         lambda A, *_: -A,
-        separable=True,  # noqa: ARG005 - the table's signature
+        separable=True,
     ),
     torch.mul: Affine(_mul_magnitude, _mul_transpose, terms=_one, separable=True, perturbed="one"),
     torch.div: Affine(_div_magnitude, _div_transpose, terms=_one, separable=True),

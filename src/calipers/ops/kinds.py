@@ -1,7 +1,8 @@
 """The four kinds of op, and the facts that each method needs of them.
 
-A method has one rule per kind, never one per op: concrete evaluation, interval, linear backward and (later) exact encoding are four
-readings of the same entry. An op is one function of the graph's vocabulary; its entry is a value of one kind.
+A method has one rule per kind, never one per op: concrete evaluation, interval, linear backward and (later) exact
+encoding are four readings of the same entry. An op is one function of the graph's vocabulary; its entry is a value of
+one kind.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ class Affine:
     Args:
         magnitude: ``(scale, *args) -> |L|·x + scale·|c|`` with the op's own arguments, the perturbed ones
             nonnegative. None: L ≥ 0, so that the op itself maps lower ends to lower ends.
-        transpose: ``(A, index, shape, *args) -> AᵀL``: rows A (R, *out) to rows (R, *shape) for the perturbed argument number
-            ``index`` (counting all value arguments) of per-example ``shape``. None: the VJP of the op.
-        rows: ``(index, *args) -> rows of L`` for flat output positions ``index`` (any shape): (*index.shape, *in); None: by
-            transposing unit vectors.
+        transpose: ``(A, index, shape, *args) -> AᵀL``: rows A (R, *out) to rows (R, *shape) for the perturbed
+            argument number ``index`` (counting all value arguments) of per-example ``shape``. None, or a None
+            that it returns: the VJP of the op.
+        rows: ``(index, *args) -> rows of L`` for flat output positions ``index`` (any shape), of shape
+            (*index.shape, *in); None: by transposing unit vectors.
         terms: ``(*args) -> n``: the longest sum that the op or its transpose forms; rounding errors are
             at most gamma_n times the sum of magnitudes. 0 where numbers only move.
         separable: each output depends on one input element, so interval bounds stay exact.
@@ -55,8 +57,8 @@ class Affine:
     """
 
     magnitude: Callable[..., Tensor] | None = None
-    transpose: Callable[..., Tensor] | None = None
-    rows: Callable[..., Tensor] | None = None
+    transpose: Callable[..., Tensor | None] | None = None
+    rows: Callable[..., Tensor | None] | None = None
     terms: Callable[..., int] = no_terms
     separable: bool = False
     perturbed: str = "first"
@@ -69,7 +71,8 @@ class Activation:
     Args:
         image: ``(interval, *args) -> interval``: the exact range.
         relax: ``(interval, *args) -> Lines``: sound on the interval, equal to f where it is linear there.
-        linear: ``(interval, *args) -> bool mask``: where f is linear on the interval, so that tighter bounds would not help.
+        linear: ``(interval, *args) -> bool mask``: where f is linear on the interval, so that tighter bounds
+            would not help.
         pieces: ``(*args) -> Pieces`` for a piecewise-linear f.
         ulps: rounding error of the op itself, in units in the last place; 0 where it is exact.
     """
