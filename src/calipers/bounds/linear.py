@@ -309,13 +309,14 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
     low = lines.lower_slope * z + lines.lower_offset - out
     high = lines.upper_slope * z + lines.upper_offset - out
     gap = (high - low) * 0.5
-    gamma = state.gamma(z[0].numel() + 16 + int(kind.ulps))
-    if gamma:
+    if state.rigorous:
         with torch.no_grad():
             size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
             slopes = lines.lower_slope.abs() + lines.upper_slope.abs()
             offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
-            gap = gap + gamma * (slopes * size + offsets)
+            # the lines themselves, and the sums over all neurons that their offsets will enter
+            rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
+            gap = gap + rounding + state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
     return _Relaxed(
         (lines.lower_slope + lines.upper_slope) * 0.5,
         (lines.upper_slope - lines.lower_slope) * 0.5,
@@ -341,11 +342,11 @@ def _activation(
     along = data * mid
     if not split:
         rows, bias = along.addcmul_(size, half, value=-1.0), straight - loss
-        return {0: A.moved(rows) if isinstance(A, Patch) else rows}, bias
+        return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
     bent = size * half
     rows = torch.cat([along - bent, -along - bent])
     bias = torch.cat([straight - loss, -straight - loss])
-    return {0: A.repeated(rows) if isinstance(A, Patch) else rows}, bias
+    return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:

@@ -37,25 +37,27 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Rows over values of shape (C, H, W): (S, B, C, h, w) of the window at ``place`` (S, B) of ``grid``."""
+    """Rows over values of shape (C, H, W): (S, B, C, h, w) of the window at ``place`` (S, B) of ``grid``;
+    ``clipped`` if those outside the map are zero."""
 
     data: Tensor
     place: Tensor
     grid: Grid
+    clipped: bool = False
 
     def __neg__(self) -> Patch:
         return self.moved(-self.data)
 
     def mirrored(self) -> Patch:
         """Every row followed by its negative."""
-        return self.repeated(torch.cat([self.data, -self.data]))
+        return self.repeated(torch.cat([self.data, -self.data]), self.clipped)
 
-    def repeated(self, data: Tensor) -> Patch:
+    def repeated(self, data: Tensor, clipped: bool) -> Patch:
         """Twice the rows at the same places, with these coefficients."""
-        return Patch(data, self.place.repeat(2, 1), self.grid)
+        return Patch(data, self.place.repeat(2, 1), self.grid, clipped)
 
-    def moved(self, data: Tensor) -> Patch:
-        return Patch(data, self.place, self.grid)
+    def moved(self, data: Tensor, clipped: bool | None = None) -> Patch:
+        return Patch(data, self.place, self.grid, self.clipped if clipped is None else clipped)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -89,7 +91,8 @@ def _through_conv(node: Node, rows: Patch, weight: Tensor) -> Patch | None:
     if plain is None:
         return None
     (sy, sx), (py, px) = plain
-    grown = pull_back(rows.data.flatten(0, 1), weight, (sy, sx))
+    data = rows.data if rows.clipped else rows.data * _inside(rows, node.shape).unsqueeze(2)
+    grown = pull_back(data.flatten(0, 1), weight, (sy, sx))
     g = rows.grid
     grid = g._replace(y=g.y * sy - py, x=g.x * sx - px, down=g.down * sy, right=g.right * sx)
     return Patch(grown.reshape(*rows.data.shape[:2], *grown.shape[1:]), rows.place, grid)
@@ -125,18 +128,28 @@ def windows(value: Tensor, rows: Patch) -> Tensor:
     return picked.reshape(*rows.place.shape, channels, h, w)
 
 
+def _coordinates(rows: Patch) -> tuple[Tensor, Tensor]:
+    """Where each window's lines and columns lie on the map: (S, B, h) and (S, B, w)."""
+    g, place = rows.grid, rows.place
+    h, w = (torch.arange(n, device=place.device) for n in rows.data.shape[-2:])
+    y = (place // g.width * g.down + g.y).unsqueeze(-1) + h
+    return y, (place % g.width * g.right + g.x).unsqueeze(-1) + w
+
+
+def _inside(rows: Patch, shape: Shape) -> Tensor:
+    """Which of a window's positions lie on the map: (S, B, h, w)."""
+    _, height, width = shape
+    y, x = _coordinates(rows)
+    return ((y >= 0) & (y < height)).unsqueeze(-1) & ((x >= 0) & (x < width)).unsqueeze(-2)
+
+
 def dense(rows: Patch, shape: Shape) -> Tensor:
     """The same rows as (S, B, C, H, W)."""
     channels, height, width = shape
-    S, B, _, h, w = rows.data.shape
-    g, place = rows.grid, rows.place
-    steps_y = torch.arange(h, device=place.device)
-    steps_x = torch.arange(w, device=place.device)
-    y = (place // g.width * g.down + g.y).unsqueeze(-1) + steps_y
-    x = (place % g.width * g.right + g.x).unsqueeze(-1) + steps_x
-    inside = ((y >= 0) & (y < height)).unsqueeze(-1) & ((x >= 0) & (x < width)).unsqueeze(-2)
+    S, B = rows.place.shape
+    y, x = _coordinates(rows)
     flat = y.clamp(0, height - 1).unsqueeze(-1) * width + x.clamp(0, width - 1).unsqueeze(-2)
-    data = rows.data * inside.unsqueeze(2)
+    data = rows.data * _inside(rows, shape).unsqueeze(2)
     out = data.new_zeros(S, B, channels, height * width)
     flat = flat.flatten(2).unsqueeze(2).expand(-1, -1, channels, -1)
     return out.scatter_add(3, flat, data.flatten(3)).reshape(S, B, *shape)
@@ -152,7 +165,8 @@ def added(first: Patch, second: Patch) -> Patch | None:
         return None
     if not (0 <= y <= H - h and 0 <= x <= W - w):
         return None
-    return first.moved(first.data + F.pad(second.data, (x, W - w - x, y, H - h - y)))
+    data = first.data + F.pad(second.data, (x, W - w - x, y, H - h - y))
+    return first.moved(data, first.clipped and second.clipped)
 
 
 def worthwhile(rows: Patch, shape: Shape) -> bool:
