@@ -161,7 +161,7 @@ def test_euclidean_projection_against_slsqp(seed: int) -> None:
     generator = np.random.default_rng(seed)
     n = 4
     c, z = generator.random(n), generator.standard_normal(n) * 2
-    eps, options = 0.6, {"ftol": 1e-12, "maxiter": 500}
+    eps, options = 0.6, {"ftol": 1e-10, "maxiter": 500}
     x = torch.from_numpy(c)[None]
     two = scipy.optimize.minimize(
         lambda v: ((v - z) ** 2).sum(), c, jac=lambda v: 2 * (v - z), bounds=[(0, 1)] * n,
@@ -208,7 +208,7 @@ def test_support_and_maximizer_against_slsqp(seed: int) -> None:
     c, a, eps = generator.random(n), generator.standard_normal(n), 0.7
     result = scipy.optimize.minimize(
         lambda v: -a @ v, c, jac=lambda v: -a, bounds=[(0, 1)] * n,
-        method="SLSQP", options={"ftol": 1e-12, "maxiter": 500},
+        method="SLSQP", options={"ftol": 1e-10, "maxiter": 500},
         constraints=[{"type": "ineq", "fun": lambda v: eps**2 - ((v - c) ** 2).sum(), "jac": lambda v: -2 * (v - c)}],
     )  # fmt: skip
     region = ThreatModel(2, eps).around(torch.from_numpy(c)[None])

@@ -423,6 +423,22 @@ class Region:
         peak = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, peak, flat.gather(1, peak).sign()).view_as(g)
 
+    def ascend(
+        self, x: Tensor, g: Tensor, length: float | Tensor, *, plain: bool = False
+    ) -> Tensor:
+        """project(x + length·steepest(g)), or project(x + length·g) if ``plain``: one step of an attack.
+
+        ``g`` may be overwritten.
+        """
+        box = self.p == math.inf
+        direction = g if plain else g.sign_() if box else self.steepest(g)
+        step = length * direction if isinstance(length, Tensor) else direction
+        z = torch.add(x, step, alpha=1.0 if isinstance(length, Tensor) else length)
+        if box:  # the new point is nobody else's yet
+            low, high = self.inner(z.dtype)
+            return z.clamp_(low, high)
+        return self.project(z)
+
     def sample(self, seeds: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """One random member per example: uniform in the box (p = inf), or uniform in the ball, then projected.
 

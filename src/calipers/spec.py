@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class Spec:
         C, d = self.C.to(y.dtype), self.d.to(y.dtype)
         return torch.baddbmm(d.unsqueeze(-1), C, y.unsqueeze(-1)).squeeze(-1)
 
-    @property
+    @cached_property
     def simple(self) -> bool:
         """Whether each clause has one functional."""
         return int(self.clause.max()) + 1 == len(self.clause)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calipers.attacks.losses import Loss, loss_named
+from calipers.attacks.losses import Loss, loss_named, value_gradient
 from calipers.errors import unknown_name
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -177,8 +177,7 @@ def _ascend(
                 rows = index if rows is None else rows[index]
                 region, spec, x, gradient = region[index], spec[index], x[index], gradient[index]
                 length = length[index] if isinstance(length, Tensor) else length
-        move = gradient if plain else region.steepest(gradient)
-        x = region.project(move.mul_(length).add_(x))
+        x = region.ascend(x, gradient, length, plain=plain)
     with torch.no_grad():
         best.update(rows, x, spec.margin(spec.values(model(x))))
 
@@ -193,13 +192,18 @@ def _length(region: Region, step_size: float, dtype: torch.dtype) -> float | Ten
 
 
 def _gradient(model: Model, objective: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The input gradient of each example's loss, and its margin."""
+    """The input gradient of each example's loss, and its margin.
+
+    The loss is differentiated on the logits alone, so that the network's backward pass is the whole cost.
+    """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        values = spec.values(model(point))
-        total = objective(values, spec).sum()
-        (gradient,) = torch.autograd.grad(total, point)
-    return gradient, spec.margin(values.detach())
+        logits = model(point)
+    values = spec.values(logits.detach())
+    weights = value_gradient(objective, values, spec)
+    toward = torch.bmm(weights.unsqueeze(1), spec.C.to(logits.dtype)).squeeze(1)
+    (gradient,) = torch.autograd.grad(logits, point, toward)
+    return gradient, spec.margin(values)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,28 @@ def _clauses(values: Tensor, spec: Spec) -> Tensor:
 LOSSES: dict[str, Loss] = {"margin": margin_loss, "cross_entropy": cross_entropy}
 
 
+def value_gradient(loss: Loss, values: Tensor, spec: Spec) -> Tensor:
+    """The derivative of each example's loss with respect to its values, (B, M): closed form where there is one."""
+    if spec.simple and loss in _GRADIENTS:
+        return _GRADIENTS[loss](values)
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(leaf, spec).sum(), leaf)
+    return gradient
+
+
+def _lowest(values: Tensor) -> Tensor:
+    lowest = values.argmin(-1, keepdim=True)
+    return torch.zeros_like(values).scatter_(-1, lowest, -1.0)
+
+
+# For labels: minus the rival's weight; for cross-entropy that is its probability.
+_GRADIENTS: dict[Loss, Callable[[Tensor], Tensor]] = {
+    margin_loss: _lowest,
+    cross_entropy: lambda values: -torch.softmax(F.pad(-values, (1, 0)), -1)[..., 1:],
+}
+
+
 def loss_named(loss: str | Loss) -> Loss:
     """A loss by name or itself.
 
