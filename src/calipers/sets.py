@@ -17,7 +17,6 @@ and let c be the distance from the centre to the box on the side that δ points 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import NamedTuple
@@ -26,18 +25,13 @@ import torch
 from torch import Tensor
 
 from calipers.errors import DataError, RegionError
+from calipers.rounding import Interval, Number, add, cast, enclose, exact
+from calipers.searches import dual_l1, dual_l2, fill_l1, level_l2, norm, shrink_l1
 
-Number = float | int | str | Fraction
+__all__ = ["Frame", "Interval", "Number", "Region", "ThreatModel", "cast", "exact"]
+
 NORMS = (1.0, 2.0, math.inf)
-_NUMBER = re.compile(r"[+-]?\d{1,40}(\.\d{0,60})?([eE][+-]?\d{1,3})?(/\d{1,40})?")
 _U = 2.0**-53  # unit roundoff of float64
-
-
-class Interval(NamedTuple):
-    """Two tensors of one shape, lower <= upper elementwise."""
-
-    lower: Tensor
-    upper: Tensor
 
 
 class Frame(NamedTuple):
@@ -51,82 +45,6 @@ class Frame(NamedTuple):
     above: Tensor
     hull: Interval
     bounded: bool
-
-
-def exact(value: Number) -> Fraction:
-    """The exact rational that ``value`` denotes: ``"0.1"`` is 1/10, ``"8/255"`` is 8/255, a float its binary value.
-
-    Raises:
-        ValueError: not a finite number, or a string that is not a plain decimal or ratio.
-    """
-    if isinstance(value, str):
-        if not _NUMBER.fullmatch(value.strip()):
-            raise ValueError(
-                f"number: cannot read {value[:80]!r}; write a decimal or a ratio such as 8/255"
-            )
-        numerator, _, denominator = value.strip().partition("/")
-        if denominator and int(denominator) == 0:
-            raise ValueError(f"number: {value!r} divides by zero")
-        return Fraction(numerator) / Fraction(denominator or "1")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"number: {value!r} is not finite")
-    return Fraction(value)
-
-
-def _enclose(value: Number | Tensor, name: str) -> Interval:
-    """The tightest float64 numbers around ``value``; a tensor's entries are exact already."""
-    if isinstance(value, Tensor):
-        if torch.isnan(value).any():
-            raise ValueError(f"{name}: contains NaN")
-        double = value.to(torch.float64)
-        return Interval(double, double)
-    if isinstance(value, float) and math.isinf(value):
-        bound = torch.tensor(value, dtype=torch.float64)
-        return Interval(bound, bound)
-    try:
-        fraction = exact(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    try:
-        nearest = float(fraction)
-    except OverflowError:
-        raise ValueError(f"{name}: {value!r} exceeds the largest float64") from None
-    below = nearest if Fraction(nearest) <= fraction else math.nextafter(nearest, -math.inf)
-    above = nearest if Fraction(nearest) >= fraction else math.nextafter(nearest, math.inf)
-    return Interval(
-        torch.tensor(below, dtype=torch.float64), torch.tensor(above, dtype=torch.float64)
-    )
-
-
-def _step(value: Tensor, towards: float, where: Tensor) -> Tensor:
-    """``value``, moved to its neighbour where asked; differentiable as the identity."""
-    fixed = value.detach()
-    neighbour = torch.nextafter(fixed, torch.full_like(fixed, towards))
-    move = torch.where(where & torch.isfinite(fixed), neighbour - fixed, torch.zeros_like(fixed))
-    return value + move
-
-
-def _add(a: Tensor, b: Tensor, towards: float) -> Tensor:
-    """a + b in float64, rounded towards ``towards`` (±inf) exactly, by the error term of the sum."""
-    total = a + b
-    with torch.no_grad():
-        part = total - a
-        error = (a - (total - part)) + (b - part)
-        off = error < 0 if towards < 0 else error > 0
-    return _step(total, towards, off & torch.isfinite(error))
-
-
-def cast(value: Tensor, dtype: torch.dtype, towards: float) -> Tensor:
-    """A float64 tensor in ``dtype``, rounded towards ±inf."""
-    if dtype == value.dtype:
-        return value
-    rounded = value.to(dtype)
-    with torch.no_grad():
-        back = rounded.to(value.dtype)
-        off = back > value if towards < 0 else back < value
-        overflow = off & torch.isinf(rounded)  # a finite value beyond the dtype's range
-    largest = math.copysign(torch.finfo(dtype).max, -towards)
-    return torch.where(overflow, largest, _step(rounded, towards, off))
 
 
 @dataclass(frozen=True)
@@ -151,7 +69,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         if self.p not in NORMS:
             raise ValueError(f"p: {self.p!r} is not one of 1, 2, inf")
-        eps = _enclose(self.eps, "eps")
+        eps = enclose(self.eps, "eps")
         if not bool((eps.lower >= 0).all()):
             raise ValueError(f"eps: {self.eps!r} is negative; a radius is at least 0")
         if self.p != math.inf and bool(torch.isinf(eps.lower).any()):
@@ -162,7 +80,7 @@ class ThreatModel:
             raise ValueError(
                 f"eps: one radius per feature is a box, so it needs p = inf, not p = {self.p:g}"
             )
-        low, high = _enclose(self.lower, "lower"), _enclose(self.upper, "upper")
+        low, high = enclose(self.lower, "lower"), enclose(self.upper, "upper")
         if not bool((low.lower <= high.upper).all()):
             raise ValueError(f"lower: {self.lower!r} exceeds upper: {self.upper!r}")
 
@@ -243,8 +161,8 @@ class Region:
         def like(bound: Tensor) -> Tensor:
             return bound.to(x.device).expand_as(x)
 
-        low, high = _enclose(lower, "lower"), _enclose(upper, "upper")
-        radius = _enclose(eps, "eps")
+        low, high = enclose(lower, "lower"), enclose(upper, "upper")
+        radius = enclose(eps, "eps")
         if _per_example(eps, center):
             radius = Interval(*(r.to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for r in radius))
         outside = (x < like(low.lower)) | (x > like(high.upper))
@@ -256,10 +174,10 @@ class Region:
             )
         # A domain bound such as 0.1 lies between two floats; a centre on it must not make the set empty.
         inner_low = torch.maximum(
-            _add(x, -like(radius.lower), math.inf), torch.minimum(like(low.upper), x)
+            add(x, -like(radius.lower), math.inf), torch.minimum(like(low.upper), x)
         )
         inner_high = torch.minimum(
-            _add(x, like(radius.lower), -math.inf), torch.maximum(like(high.lower), x)
+            add(x, like(radius.lower), -math.inf), torch.maximum(like(high.lower), x)
         )
         per_feature = radius.lower.ndim > 0 and not _per_example(eps, center)
 
@@ -274,8 +192,8 @@ class Region:
             inner_low,
             inner_high,
             rows_of(radius.upper),
-            torch.maximum(_add(x, -like(radius.upper), -math.inf), like(low.lower)),
-            torch.minimum(_add(x, like(radius.upper), math.inf), like(high.upper)),
+            torch.maximum(add(x, -like(radius.upper), -math.inf), like(low.lower)),
+            torch.minimum(add(x, like(radius.upper), math.inf), like(high.upper)),
         )
 
     @classmethod
@@ -390,9 +308,9 @@ class Region:
         size, cap = gap.abs().flatten(1), cap.flatten(1)
         eps = self._safe_eps()
         length = torch.minimum(size, cap)
-        over = _norm(length, self.p) > eps
+        over = norm(length, self.p) > eps
         if over.any():
-            shrink = _shrink_l1 if self.p == 1 else _level_l2
+            shrink = shrink_l1 if self.p == 1 else level_l2
             length[over] = shrink(size[over], cap[over], eps[over])
         return self._place(gap.sign() * length.view_as(gap), z.dtype)
 
@@ -406,7 +324,7 @@ class Region:
         cap = torch.where(slope > 0, self.upper - self.center, self.center - self.lower).flatten(1)
         size, eps = slope.abs().flatten(1), self._safe_eps()
         cap = torch.where(size > 0, cap, torch.zeros_like(cap))
-        length = _fill_l1(size, cap, eps) if self.p == 1 else _level_l2(size, cap, eps)
+        length = fill_l1(size, cap, eps) if self.p == 1 else level_l2(size, cap, eps)
         return self._place(slope.sign() * length.view_as(slope), a.dtype)
 
     def steepest(self, g: Tensor) -> Tensor:
@@ -507,8 +425,8 @@ class Region:
             middle = torch.where(bounded, box.lower / 2 + box.upper / 2, middle)
         origin = middle.to(dtype)
         exact_origin = origin.to(torch.float64)
-        below = cast(_add(exact_origin, -box.lower, math.inf), dtype, math.inf)
-        above = cast(_add(box.upper, -exact_origin, math.inf), dtype, math.inf)
+        below = cast(add(exact_origin, -box.lower, math.inf), dtype, math.inf)
+        above = cast(add(box.upper, -exact_origin, math.inf), dtype, math.inf)
         if self.p == math.inf:
             below = above = torch.maximum(below, above)
         hull = Interval(cast(box.lower, dtype, -math.inf), cast(box.upper, dtype, math.inf))
@@ -536,7 +454,7 @@ class Region:
         if self.p == math.inf:  # no limit on a feature that does not count
             return torch.where(rows == 0, 0.0, rows.abs() * above).sum(-1)
         eps = cast(self.outer_eps, a.dtype, math.inf)
-        return (_dual_l1 if self.p == 1 else _dual_l2)(rows, below, above, eps)
+        return (dual_l1 if self.p == 1 else dual_l2)(rows, below, above, eps)
 
     def support(self, a: Tensor) -> Tensor:
         """max ⟨a, x⟩ over the region, for ``a`` of shape (..., B, *x): shape (..., B). Guarantee: see `reach`."""
@@ -545,129 +463,5 @@ class Region:
         return inner + self.reach(a, frame)
 
 
-# -- one-dimensional searches; rows of nonnegative ``size``, caps, and one radius per row ----------------
-
-
 def _per_example(eps: Number | Tensor, center: Tensor) -> bool:
     return isinstance(eps, Tensor) and eps.ndim == 1 and eps.shape == center.shape[:1]
-
-
-def _norm(rows: Tensor, p: float) -> Tensor:
-    size: Tensor = torch.linalg.vector_norm(rows, ord=p, dim=-1)
-    return size
-
-
-def _level(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
-    """t with Σ min(t·size, cap)² = eps²; inf where all caps fit into the ball. Shapes (..., n), (..., n), (...).
-
-    Newton from below: with the capped set of the current t the equation is a plain square root, each step
-    raises t and only adds to the capped set, so it ends after finitely many steps (in practice under ten).
-    """
-    square, limit = size.square(), cap.square()
-    budget = eps.square()
-    fits = torch.where(size > 0, limit, 0.0).sum(-1) <= budget
-    t = (budget / square.sum(-1).clamp_min(1e-300)).sqrt()
-    for _ in range(size.shape[-1]):
-        capped = t.unsqueeze(-1) * size >= cap
-        rest = (budget - torch.where(capped, limit, 0.0).sum(-1)).clamp_min(0.0)
-        free = torch.where(capped, 0.0, square).sum(-1)
-        better = torch.where(free > 0, (rest / free.clamp_min(1e-300)).sqrt(), t)
-        tiny = ~fits & (free < 1e-30)
-        if bool(tiny.any()):  # the squares of what is not capped underflow: rescale
-            loose = torch.where(capped, 0.0, size)
-            peak = loose.amax(-1)
-            unit = loose / torch.where(peak > 0, peak, 1.0).unsqueeze(-1)
-            rescaled = (rest / unit.square().sum(-1).clamp_min(1.0)).sqrt() / peak
-            better = torch.where(tiny & (peak > 0), rescaled, better)
-        if bool((fits | (better <= t * (1 + 1e-14))).all()):
-            break
-        t = torch.maximum(t, better)
-    return torch.where(fits, math.inf, t)
-
-
-def _level_l2(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
-    scale = size.amax(-1, keepdim=True)
-    unit = size / torch.where(scale > 0, scale, 1.0)
-    t = _level(unit, cap, eps).unsqueeze(-1)
-    length = torch.where(unit > 0, torch.minimum(t * unit, cap), torch.zeros_like(cap))
-    over: Tensor = torch.linalg.vector_norm(length, dim=-1, keepdim=True)
-    return length * (eps.unsqueeze(-1) / over.clamp_min(1e-300)).clamp_max(1.0)
-
-
-def _shrink_l1(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
-    """clip(size − μ, 0, cap) with sum eps: the l1 projection inside caps, by sorting the 2n breakpoints of μ.
-
-    No cap exceeds eps, so a gap between two sizes that is wider than eps only tells which is larger: it is
-    narrowed first, and points far away are projected as accurately as near ones.
-    """
-    ordered, place = size.sort(-1, descending=True)
-    gaps = ordered - torch.cat([ordered[..., 1:], torch.zeros_like(ordered[..., :1])], -1)
-    gaps = torch.minimum(gaps, 2 * eps.unsqueeze(-1))
-    size = torch.zeros_like(size).scatter(-1, place, gaps.flip(-1).cumsum(-1).flip(-1))
-    points = torch.cat([size, (size - cap).clamp_min(0.0)], -1)
-    turns = torch.cat([torch.ones_like(size), -torch.ones_like(size)], -1)
-    points, order = points.sort(-1, descending=True)
-    slope = turns.gather(-1, order).cumsum(-1)
-    ends = torch.cat([points[..., 1:], torch.zeros_like(points[..., :1])], -1)
-    total = (slope * (points - ends)).cumsum(-1)
-    index = (total < eps.unsqueeze(-1)).sum(-1, keepdim=True).clamp_max(points.shape[-1] - 1)
-    excess = total.gather(-1, index) - eps.unsqueeze(-1)
-    mu = ends.gather(-1, index) + excess / slope.gather(-1, index).clamp_min(1.0)
-    length = torch.minimum((size - mu).clamp_min(0.0), cap)
-    return length * (eps.unsqueeze(-1) / length.sum(-1, keepdim=True).clamp_min(1e-300)).clamp_max(
-        1.0
-    )
-
-
-def _fill_l1(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
-    """Spend the radius on the largest entries first, each up to its cap."""
-    order = size.argsort(dim=-1, descending=True, stable=True)
-    room = cap.gather(-1, order)
-    before = room.cumsum(-1) - room
-    spent = torch.minimum((eps.unsqueeze(-1) - before).clamp_min(0.0), room)
-    length = torch.zeros_like(cap).scatter(-1, order, spent)
-    return length * (eps.unsqueeze(-1) / length.sum(-1, keepdim=True).clamp_min(1e-300)).clamp_max(
-        1.0
-    )
-
-
-def _dual_l2(a: Tensor, below: Tensor, above: Tensor, eps: Tensor) -> Tensor:
-    """min over the multiplier λ of max over the box of ⟨a, δ⟩ − λ/2·(‖δ‖² − eps²), evaluated at λ = 1/t."""
-    with torch.no_grad():
-        size = a.abs()
-        scale = size.amax(-1, keepdim=True)
-        unit = size / torch.where(scale > 0, scale, 1.0)
-        cap = torch.where(a > 0, above, below)
-        t = _level(unit, cap, eps.expand(unit.shape[:-1]))
-        multiplier = torch.where(
-            torch.isinf(t), 0.0, scale.squeeze(-1) / t.clamp_min(1e-30)
-        ).unsqueeze(-1)
-        corner = multiplier == 0
-    free = a / torch.where(corner, 1.0, multiplier)
-    best = torch.where(
-        corner, torch.where(a > 0, above, -below), torch.minimum(torch.maximum(free, -below), above)
-    )
-    best = torch.where(a == 0, torch.zeros_like(best), best)
-    quadratic = best.square().sum(-1) - eps.square()
-    return (a * best).sum(-1) - multiplier.squeeze(-1) / 2 * quadratic
-
-
-def _dual_l1(a: Tensor, below: Tensor, above: Tensor, eps: Tensor) -> Tensor:
-    """min over λ of λ·eps + Σ (a − λ)₊·above + (−a − λ)₊·below, at the entry where the radius is used up."""
-    size = a.abs()
-    with torch.no_grad():
-        cap = torch.where(a > 0, above, below)
-        # how many entries, largest first, are filled to their cap before the radius is used up
-        entry = size.argmax(-1, keepdim=True)
-        spent = torch.zeros_like(entry, dtype=torch.bool)
-        tight = cap.gather(-1, entry).squeeze(-1) < eps
-        if tight.any():
-            order = size[tight].argsort(-1, descending=True)
-            room = cap[tight].gather(-1, order).cumsum(-1)
-            used = (room < eps.expand(tight.shape)[tight].unsqueeze(-1)).sum(-1, keepdim=True)
-            spent[tight] = used == size.shape[-1]
-            entry[tight] = order.gather(-1, used.clamp_max(size.shape[-1] - 1))
-    # differentiable: the entry at the level takes what is left of the radius
-    level = torch.where(spent, 0.0, size.gather(-1, entry))
-    gain = torch.relu(a - level) * above + torch.relu(-a - level) * below
-    return level.squeeze(-1) * eps + gain.sum(-1)
