@@ -128,6 +128,8 @@ def _chunked(
     memory: int | None,
     statistics: Statistics | None,
 ) -> Tensor:
+    if len(spec) != len(region):
+        raise ValueError(f"spec: {len(spec)} examples for {len(region)} regions")
     dtype = dtype or network.dtype
     begin = partial(
         start,
@@ -296,7 +298,10 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
         index = order[span, : max(counts[span])]
         bounds = [both_bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
         found = [torch.cat(ends).T for ends in zip(*bounds, strict=True)] if bounds else None
-        pair = _narrowed(low[span], high[span], index, *found) if found else (low[span], high[span])
+        wanted = mask[span].gather(1, index)
+        pair = low[span], high[span]
+        if found:
+            pair = _narrowed(*pair, index, wanted, *found)
         lows.append(pair[0])
         highs.append(pair[1])
     shape = state.boxes[name].lower.shape
@@ -310,12 +315,13 @@ def _halved(cut: slice) -> slice:
 
 
 def _narrowed(
-    low: Tensor, high: Tensor, index: Tensor, new_low: Tensor, new_high: Tensor
+    low: Tensor, high: Tensor, index: Tensor, wanted: Tensor, new_low: Tensor, new_high: Tensor
 ) -> tuple[Tensor, Tensor]:
     old_low, old_high = low.gather(1, index), high.gather(1, index)
     new_low, new_high = torch.maximum(new_low, old_low), torch.minimum(new_high, old_high)
-    # ends that cross (by rounding, on a point region) or NaN leave the interval as it was
-    good = new_low <= new_high
+    # ends that cross (by rounding, on a point region) or NaN leave the interval as it was; so do the elements that
+    # fill up a shorter list, lest bounds depend on the rest of the batch
+    good = (new_low <= new_high) & wanted
     return (
         low.scatter(1, index, torch.where(good, new_low, old_low)),
         high.scatter(1, index, torch.where(good, new_high, old_high)),

@@ -171,7 +171,8 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
     at_input = name in state.network.graph.inputs
     if isinstance(A, Patch):
         if at_input and math.isinf(state.region.p) and state.frame.bounded:
-            low = -_dot(_size(A), state.frame.above)  # the origin is the middle of a box
+            # the origin is the middle of a box
+            low = -_patch_dot(state, name, A.moved(A.data.abs()), state.frame.above)
             gamma = state.gamma(math.prod(A.data.shape[2:]) + 4)
             return low * (1 + gamma) if gamma else low
         A = patches.dense(A, state.shape(name))
@@ -199,14 +200,21 @@ def _deviation(state: State, name: str) -> Tensor:
     return torch.maximum(-low, high)
 
 
-def _size(A: Rows) -> Rows:
-    return A.moved(A.data.abs()) if isinstance(A, Patch) else A.abs()
+def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
+    """The windows of ``v`` that rows lie on; the table of all of them serves every chunk of rows."""
+    h, w = A.data.shape[-2:]
+    key = (f"{what} {h} {w} {A.grid}", "table")
+    if key not in state.cache:
+        state.cache[key] = patches.table(v, h, w, A.grid)
+    return patches.windows(state.cache[key], A)
 
 
-def _dot(A: Rows, v: Tensor) -> Tensor:
+def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
+    return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
+
+
+def _dot(A: Tensor, v: Tensor) -> Tensor:
     """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
-    if isinstance(A, Patch):
-        return (A.data * patches.windows(v, A)).flatten(2).sum(-1)
     rows, vector = A.flatten(2), v.flatten(1)
     if rows.shape[1] == 1:
         return (rows[:, 0] @ vector[0]).unsqueeze(1)
@@ -220,9 +228,11 @@ def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Ten
     args, kwargs = state.arguments(node)
     active = [i for i, name in enumerate(node.operands) if name in state.network.graph.active]
     noise = _affine_noise(state, kind, node)
-    bias = None if noise is None else -_dot(_size(A), noise)
+    bias: Tensor | None = None
     parts: Parts = {}
     if isinstance(A, Patch):
+        if noise is not None:
+            bias = -_patch_dot(state, f"noise of {node.name}", A.moved(A.data.abs()), noise)
         for index in active:
             rows = patches.through_affine(node, A, state.shape(node.operands[index]), args)
             if rows is not None:
@@ -230,6 +240,8 @@ def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Ten
         if len(parts) == len(active):
             return parts, bias
         A = patches.dense(A, node.shape)
+    if noise is not None:
+        bias = -_dot(A.abs(), noise)
     flat = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
@@ -331,7 +343,8 @@ def _activation(
     """A ↦ A·mid − |A|·half; with ``split`` the negative rows too, which share both products."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
-        mid, half, offset, gap = patches.windows(maps, A).chunk(4, 2)
+        looked = _look(state, f"lines of {node.name}", maps, A)
+        mid, half, offset, gap = looked.chunk(4, 2)
         data, size = A.data, A.data.abs()
         straight = (data * offset).flatten(2).sum(-1)
         loss = (size * gap).flatten(2).sum(-1)
@@ -358,7 +371,10 @@ def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
 
 
 def _bilinear(state: State, _kind: Bilinear, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
-    """McCormick: of the two planes on each side, the one that is tighter at the reference."""
+    """McCormick: of the two planes on each side, the one that is clearly tighter at the reference.
+
+    At the middle of the box they tie, and rounding must not decide.
+    """
     (x, y), _ = state.arguments(node)
     out = state.env[node.name]
     xl, xu = state.boxes[node.operands[0]]
@@ -370,8 +386,10 @@ def _bilinear(state: State, _kind: Bilinear, node: Node, A: Tensor) -> tuple[Par
 
     low, low2 = plane(yl, xl), plane(yu, xu)
     high, high2 = plane(yu, xl), plane(yl, xu)
-    low = tuple(torch.where(low2[2] > low[2], q, p) for p, q in zip(low, low2, strict=True))  # type: ignore[assignment]
-    high = tuple(torch.where(high2[2] < high[2], q, p) for p, q in zip(high, high2, strict=True))  # type: ignore[assignment]
+    clearly = (xu - xl) * (yu - yl) / 64
+    better, lower = low2[2] > low[2] + clearly, high2[2] < high[2] - clearly
+    low = tuple(torch.where(better, q, p) for p, q in zip(low, low2, strict=True))  # type: ignore[assignment]
+    high = tuple(torch.where(lower, q, p) for p, q in zip(high, high2, strict=True))  # type: ignore[assignment]
     plus, minus = A.clamp_min(0), A.clamp_max(0)
     bias = _dot(plus, low[2]) + _dot(minus, high[2])
     gamma = state.gamma(out[0].numel() + 16)

@@ -140,27 +140,42 @@ def _clamp_pieces(low: Any = None, high: Any = None) -> Pieces:
 
 
 def _s_shaped(
-    f: Callable[[Tensor], Tensor], slope_at: Callable[[Tensor], Tensor]
+    f: Callable[[Tensor], Tensor],
+    slope_at: Callable[[Tensor], Tensor],
+    bend_at: Callable[[Tensor], Tensor],
 ) -> Callable[[Interval], Lines]:
-    def upper(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """An upper line on [l, u] by its slope and a point where it meets f: the chord where f lies below it, else
-        the tangent at a point d >= 0 that passes above (l, f(l)); any such tangent is an upper bound."""
+    """``slope_at`` and ``bend_at``: the first two derivatives."""
+
+    def touching(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest d >= 0 found whose tangent passes above (l, f(l)), and whether u is already before it."""
         with torch.no_grad():
-            near, far = torch.zeros_like(l), torch.maximum(u, torch.zeros_like(u))
+            near, far = torch.zeros_like(l), u.clamp_min(0.0)
             fl = f(l)
 
             def above(d: Tensor) -> Tensor:
                 return f(d) + slope_at(d) * (l - d) >= fl
 
-            for _ in range(40):  # the smallest tangent point, from above
+            chord = (u <= 0) | ~above(far)
+            for _ in range(40):
                 middle = (near + far) / 2
                 ok = above(middle)
                 near, far = torch.where(ok, near, middle), torch.where(ok, middle, far)
-            chord = (u <= 0) | ~above(torch.maximum(u, torch.zeros_like(u)))
-            point = torch.where(l >= 0, (l + u) / 2, torch.maximum(far, torch.zeros_like(far)))
-            # a tangent point nearer the middle is tighter on average where both are sound
-            middle = (l + u) / 2
-            point = torch.where((l < 0) & (middle > point), middle, point)
+        if l.requires_grad and torch.is_grad_enabled():
+            # the derivative of d by the implicit function theorem; the value stays as it is
+            residual = f(far) + slope_at(far) * (l - far) - f(l)
+            steep = (bend_at(far) * (l - far)).detach()
+            far = far - torch.where(
+                steep > 0, (residual - residual.detach()) / torch.where(steep > 0, steep, 1.0), 0.0
+            )
+        return far, chord
+
+    def upper(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """An upper line on [l, u] by its slope and a point where it meets f: the chord where f lies below it, else
+        the tangent at a point d >= 0 that passes above (l, f(l)); any such tangent is an upper bound."""
+        point, chord = touching(l, u)
+        # a tangent point nearer the middle is tighter on average where both are sound
+        middle = (l + u) / 2
+        point = torch.where((l >= 0) | (middle > point), middle, point)
         steep, _ = _chord(f, Interval(l, u), slope_at(l))
         return torch.where(chord, steep, slope_at(point)), torch.where(chord, l, point)
 
@@ -185,6 +200,14 @@ def _tanh_slope(z: Tensor) -> Tensor:
             z.clamp(-350.0, 350.0) if z.dtype == torch.float64 else z.clamp(-44.0, 44.0)
         ).square()
     )
+
+
+def _sigmoid_bend(z: Tensor) -> Tensor:
+    return _sigmoid_slope(z) * (1 - 2 * torch.sigmoid(z))
+
+
+def _tanh_bend(z: Tensor) -> Tensor:
+    return -2 * torch.tanh(z) * _tanh_slope(z)
 
 
 def _point(x: Interval) -> Tensor:
@@ -219,9 +242,12 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
         ulps=1.0,  # its limits are rounded to the dtype
     ),
     torch.sigmoid: Activation(
-        _monotone(torch.sigmoid), _s_shaped(torch.sigmoid, _sigmoid_slope), _point, ulps=16.0
+        _monotone(torch.sigmoid),
+        _s_shaped(torch.sigmoid, _sigmoid_slope, _sigmoid_bend),
+        _point,
+        ulps=16.0,
     ),
     torch.tanh: Activation(
-        _monotone(torch.tanh), _s_shaped(torch.tanh, _tanh_slope), _point, ulps=16.0
+        _monotone(torch.tanh), _s_shaped(torch.tanh, _tanh_slope, _tanh_bend), _point, ulps=16.0
     ),
 }

@@ -1,0 +1,97 @@
+"""What every bound and every attack must satisfy together: for the real ones and for planted faults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from calipers.attacks import ATTACKS
+from calipers.bounds import BOUNDS
+from calipers.graph.graph import Network
+from calipers.sets import Region
+from calipers.spec import Spec
+
+F32, F64 = torch.float32, torch.float64
+PRECISIONS: list[tuple[torch.dtype, bool]] = [(F64, True), (F32, True), (F64, False)]
+
+
+def points(network: Network, region: Region, spec: Spec, seed: int = 0) -> dict[str, Tensor]:
+    """Members of the region: what each attack finds, random ones, extreme ones, and the centre."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(region)
+    seeds = torch.randint(2**40, (count,), generator=generator)
+    found = {name: f(network, region, spec, seeds=seeds) for name, f in ATTACKS.items()}
+    found["centre"] = region.project(region.center.float())
+    for i in range(8):
+        found[f"sample {i}"] = region.sample(seeds + i)
+        direction = torch.randn(region.center.shape, generator=generator)
+        found[f"extreme {i}"] = region.maximizer(direction)
+    return found
+
+
+def check_sound(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    precisions: Iterable[tuple[torch.dtype, bool]] = PRECISIONS,
+    bounds: Mapping[str, Any] = BOUNDS,
+) -> None:
+    """Each functional's bound lies under its value at every point, in float64; the rungs are ordered."""
+    values, size = {}, None
+    forward = network.in_double()
+    for name, x in points(network, region, spec).items():
+        assert region.contains(x).all(), name
+        y = forward(x)
+        values[name] = spec.values(y)
+        size = y.abs().amax(-1, keepdim=True)
+    for dtype, rigorous in precisions:
+        previous = torch.tensor(-math.inf)
+        for method, bound in bounds.items():
+            low = bound(network, region, spec, dtype=dtype, rigorous=rigorous).double()
+            assert torch.isfinite(low).all(), (method, dtype, rigorous)
+            for name, value in values.items():
+                # the oracle's own rounding; a rigorous bound gets nothing on top
+                slack = 1e-13 * (1 + value.abs() + size)
+                assert (low <= value + slack).all(), (method, dtype, rigorous, name, low - value)
+            # the same number by another order of sums
+            slack = 256 * torch.finfo(dtype).eps * (1 + low.abs())
+            assert (previous <= low + slack).all(), (method, "is looser", previous - low)
+            previous = low
+
+
+def relu_net(network: Network, x: list[Fraction]) -> list[Fraction]:
+    """A fully connected ReLU network in rational arithmetic."""
+    value = x
+    module: Any = network.module
+    for node in network.graph.nodes:
+        if node.op is F.linear:
+            w, b = (getattr(module, a.name).double().tolist() for a in node.args[1:3])
+            value = [
+                sum((Fraction(c) * v for c, v in zip(row, value, strict=True)), Fraction(bi))
+                for row, bi in zip(w, b, strict=True)
+            ]
+        else:
+            assert node.op is torch.relu
+            value = [max(v, Fraction(0)) for v in value]
+    return value
+
+
+def exact_values(network: Network, spec: Spec, x: Tensor) -> list[list[Fraction]]:
+    """C·h(x) + d in rational arithmetic, per example."""
+    rows = []
+    for i in range(len(x)):
+        y = relu_net(network, [Fraction(v) for v in x[i].double().flatten().tolist()])
+        C, d = spec.C[i].double().tolist(), spec.d[i].double().tolist()
+        rows.append(
+            [
+                sum((Fraction(a) * b for a, b in zip(row, y, strict=True)), Fraction(e))
+                for row, e in zip(C, d, strict=True)
+            ]
+        )
+    return rows

@@ -1,0 +1,472 @@
+"""The bounds themselves: rounding, gradients, refusals, intermediate bounds, and identities with dense matrices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import networks
+from calipers import bound as api_bound
+from calipers.bounds import BOUNDS, crown, crown_ibp, interval, preactivations
+from calipers.bracket import Bracket, Evidence, Verdict
+from calipers.errors import UnsupportedOp
+from calipers.graph import primitives as prim
+from calipers.graph.capture import capture
+from calipers.graph.graph import Network, concrete, walk
+from calipers.graph.graph import bind as bind_values
+from calipers.sets import Region, ThreatModel
+from calipers.spec import Spec
+from networks import ARCHITECTURES, Builder
+from sandwiches import exact_values
+
+F32, F64 = torch.float32, torch.float64
+INF = math.inf
+
+
+def setting(network: Network, p: float = INF, eps: float = 0.1, count: int = 3):
+    x = networks.inputs(network, count, 11)
+    return Region.ball(x, eps, p, 0.0, 1.0), Spec.label(torch.arange(count) % 3, 3)
+
+
+# -- rounding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_rigour_costs_little_and_never_adds(name: str, method: str) -> None:
+    network = ARCHITECTURES[name](1)
+    region, spec = setting(network, 2.0, 0.3)
+    for dtype in (F64, F32):
+        plain = BOUNDS[method](network, region, spec, dtype=dtype)
+        careful = BOUNDS[method](network, region, spec, dtype=dtype, rigorous=True)
+        assert (careful < plain).all()
+        assert (plain - careful <= 2e4 * torch.finfo(dtype).eps * (1 + plain.abs())).all()
+
+
+def members(region: Region) -> list[Tensor]:
+    """The centre and the corners of a float32 box (the region is a ball of the maximum norm)."""
+    low, high = region.inner(F32)
+    n = low[0].numel()
+    masks = [torch.tensor(m) for m in itertools.product([False, True], repeat=n)]
+    return [region.center.float(), *(torch.where(m, high, low) for m in masks)]
+
+
+def cancelling(seed: int, size: float) -> Network:
+    """A Zombori-style net: huge weights that cancel exactly in real arithmetic and leave a small term, which float32
+    loses: h = relu(size·s(x) + small(x)), out = h − size·s(x)."""
+    b = Builder((2,), seed)
+    s = torch.rand(1, 2, generator=b.generator).round(decimals=2) + 0.5
+    small = b.rand(1, 2, scale=1e-2)
+    first = torch.cat([s * size, small, -small, torch.ones(1, 2)])
+    offset = torch.tensor([size, 1.0, 1.0, size])
+    h = b.relu(b(F.linear, b.x, first, offset))
+    second = torch.tensor([[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
+    h = b.relu(b(F.linear, h, second, b.rand(3)))
+    b(F.linear, h, torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 1e-8], [0.0, 1e-8, 0.0]]), b.rand(3))
+    return b.network()
+
+
+def shortfall(network: Network, method: str, dtype: torch.dtype, rigorous: bool, eps: float):
+    """How far a bound exceeds the exact value at a member, in exact arithmetic: positive is unsound."""
+    region, spec = setting(network, INF, eps, 2)
+    low = BOUNDS[method](network, region, spec, dtype=dtype, rigorous=rigorous).tolist()
+    worst = Fraction(-(10**30))
+    for x in members(region):
+        assert region.contains(x).all()
+        for row, bounds in zip(exact_values(network, spec, x), low, strict=True):
+            for value, lower in zip(row, bounds, strict=True):
+                worst = max(worst, Fraction(lower) - value)
+    return float(worst)
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("eps", [0.0, 1e-7, 1e-3])
+def test_rigorous_bounds_hold_in_exact_arithmetic(method: str, eps: float) -> None:
+    nets = [networks.mlp(seed, (3, 4, 4, 3)) for seed in range(6)]
+    nets += [cancelling(seed, size) for seed in range(4) for size in (1e4, 1e8)]
+    for network in nets:
+        for dtype in (F32, F64):
+            assert shortfall(network, method, dtype, True, eps) <= 0
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_float32_alone_is_not_rigorous(method: str) -> None:
+    """The construction does bite: without rounding taken into account float32 certifies what is false."""
+    assert max(shortfall(cancelling(s, 1e8), method, F32, False, 0.0) for s in range(4)) > 1e-3
+
+
+def test_a_certificate_of_the_public_call_is_exact() -> None:
+    network = cancelling(0, 1e8)
+    x = networks.inputs(network, 2, 11)
+    y, threat = torch.tensor([0, 1]), ThreatModel(INF, 1e-3)
+    low = api_bound(network, x, y, threat)
+    assert low.dtype == F64
+    region, spec = threat.around(x), Spec.label(y, 3)
+    for point in members(region):
+        for row, bounds in zip(exact_values(network, spec, point), low.tolist(), strict=True):
+            assert all(Fraction(b) <= v for v, b in zip(row, bounds, strict=True))
+
+
+# -- gradients -----------------------------------------------------------------------------------------------
+
+SMOOTH = [n for n in ARCHITECTURES if n not in ("affine", "max_pool")]
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_gradients_against_finite_differences(name: str, method: str) -> None:
+    network = ARCHITECTURES[name](2)
+    module: Any = network.module.double()
+    names = [n for n in network.graph.params if getattr(module, n).is_floating_point()]
+    first, last = names[0], names[-1]
+    x = networks.inputs(network, 2, 5).double() * 0.5 + 0.25
+    spec = Spec.label(torch.tensor([0, 1]), 3)
+    for p in (INF, 2.0):
+
+        def low(center: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            setattr(module, first, a)
+            setattr(module, last, b)
+            region = Region.ball(center, 0.05, p, -1.0, 2.0)  # noqa: B023
+            return BOUNDS[method](network, region, spec).sum()
+
+        given = [x, getattr(module, first).detach(), getattr(module, last).detach()]
+        leaves = [v.clone().requires_grad_() for v in given]
+        gradients = torch.autograd.grad(low(*leaves), leaves)
+        generator = torch.Generator().manual_seed(1)
+        for i, gradient in enumerate(gradients):
+            # a random direction: all entries at once, and steps that rarely meet a kink
+            direction = torch.randn(given[i].shape, generator=generator, dtype=F64)
+            errors = []
+            for step in (1e-5, 1e-6, 1e-7):
+                ends = []
+                for sign in (1, -1):
+                    moved = [v.clone() for v in given]
+                    moved[i] += sign * step * direction
+                    with torch.no_grad():
+                        ends.append(low(*moved))
+                slope = (ends[0] - ends[1]).item() / (2 * step)
+                errors.append(abs(slope - (gradient * direction).sum().item()) / (1 + abs(slope)))
+            assert min(errors) <= 1e-6, (p, i, errors)
+        setattr(module, first, given[1])
+        setattr(module, last, given[2])
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_gradcheck(method: str) -> None:
+    network = networks.mlp(3, (2, 3, 3))
+    module: Any = network.module.double()
+    x = networks.inputs(network, 2, 5).double() * 0.5 + 0.25
+    spec = Spec.label(torch.tensor([0, 1]), 3)
+    weights = [getattr(module, n) for n in network.graph.params]
+
+    def low(center: Tensor, *values: Tensor) -> Tensor:
+        for n, value in zip(network.graph.params, values, strict=True):
+            setattr(module, n, value)
+        return BOUNDS[method](network, Region.ball(center, 0.05, INF, -1.0, 2.0), spec)
+
+    leaves = [v.detach().clone().requires_grad_() for v in (x, *weights)]
+    assert torch.autograd.gradcheck(low, leaves)
+
+
+# -- modes and refusals ------------------------------------------------------------------------------------
+
+
+def with_norm() -> tuple[nn.Module, Network]:
+    module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    return module, capture(module, torch.rand(2, 4))
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_training_mode_needs_statistics(method: str) -> None:
+    module, network = with_norm()
+    region, spec = setting(network)
+    module.train()
+    with pytest.raises(ValueError, match="training mode"):
+        BOUNDS[method](network, region, spec)
+    mean, var = torch.randn(5), torch.rand(5) + 0.1
+    given = BOUNDS[method](
+        network, region, spec, statistics={"1.running_mean": mean, "1.running_var": var}
+    )
+    norm: Any = module[1]
+    norm.running_mean, norm.running_var = mean, var
+    module.eval()
+    assert torch.allclose(given, BOUNDS[method](network, region, spec), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_every_unsupported_op_is_named(method: str) -> None:
+    b = Builder((4,))
+    h = b(torch.sin, b.linear(b.x, 4))
+    b.linear(b(torch.erf, b.relu(h)), 3)
+    network = b.network()
+    region, spec = setting(network)
+    with pytest.raises(UnsupportedOp, match=r"(?s)sin.*erf") as error:
+        BOUNDS[method](network, region, spec)
+    assert not re.search(r"relu|linear", str(error.value))
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("memory", [None, 1])
+def test_misfits_are_refused(method: str, memory: int | None) -> None:
+    network = networks.mlp(0)
+    region, spec = setting(network)
+    eye = torch.eye(3).expand(3, 3, 3)
+    wrong = [
+        (region, Spec.functional(torch.ones(3, 2, 4))),  # outputs
+        (region, Spec.functional(eye[:2])),  # examples
+        (region, Spec.functional(torch.eye(3).expand(4, 3, 3))),
+        (Region.ball(torch.rand(3, 5), 0.1, INF), spec),  # features
+        (Region.ball(torch.rand(3, 1, 4), 0.1, INF), spec),
+    ]
+    for r, s in wrong:
+        with pytest.raises(ValueError, match=r"region|spec"):
+            BOUNDS[method](network, r, s, memory=memory)
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+@pytest.mark.parametrize("name", ["mlp", "conv", "max_pool", "product", "sigmoid"])
+def test_bad_weights_are_never_robust(name: str, bad: float, method: str) -> None:
+    for place in range(len(ARCHITECTURES[name](0).graph.params)):
+        network = ARCHITECTURES[name](0)
+        module: Any = network.module
+        value = getattr(module, f"p{place}")
+        if name in ("conv", "max_pool") and place > 3:
+            continue  # enough
+        value.view(-1)[0] = bad
+        region, spec = setting(network, INF, 0.01)
+        C = torch.eye(3).expand(3, 3, 3)  # all outputs, and their negatives
+        spec = Spec.functional(torch.cat([C, -C], 1))
+        low = BOUNDS[method](network, region, spec, dtype=F64, rigorous=True)
+        values = spec.values(network.in_double()(region.center))
+        robust = Bracket.from_bound(spec.margin(low), Evidence(method)).verdict()
+        assert Verdict.ROBUST not in robust
+        # an infinite weight may leave finite bounds only where they hold
+        known = torch.isfinite(values)
+        assert not (low > values + 1e-9)[known].any()
+        assert not (torch.isfinite(low) & torch.isnan(values)).any() or bad != bad
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_unbounded_regions(method: str) -> None:
+    """No finite bound where there is none; finite ones where the unbounded feature does not count."""
+    b = Builder((2,))
+    h = b(F.linear, b.x, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2))
+    b(F.linear, b.relu(h), torch.tensor([[1.0, 1.0], [0.0, 0.5]]))
+    network = b.network()
+    region = Region.box(torch.tensor([[-1.0, -INF]]), torch.tensor([[2.0, INF]]))
+    spec = Spec.functional(torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0]]]))
+    for rigorous in (False, True):
+        low = BOUNDS[method](network, region, spec, dtype=F64, rigorous=rigorous)[0]
+        assert not (low[1:] > -INF).any()  # truly unbounded: -inf or NaN, nothing else
+        assert not low[0] > 0  # the minimum is 0
+    one_sided = Region.box(torch.tensor([[1.0, 0.5]]), torch.tensor([[2.0, INF]]))
+    low = BOUNDS[method](network, one_sided, spec, dtype=F64)[0]
+    assert not low[0] > 1.5 + 1e-12  # x0 + x1 >= 1.5
+    assert not (low[1:] > -INF).any()
+
+
+# -- intermediate bounds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, INF])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_preactivations(name: str, p: float) -> None:
+    """Tight boxes inside loose ones, and every value of every sampled member inside both."""
+    network = ARCHITECTURES[name](3)
+    region, _ = setting(network, p, 0.5)
+    loose = preactivations(network, region, tight=False, dtype=F64)
+    tight = preactivations(network, region, dtype=F64)
+    careful = preactivations(network, region, dtype=F64, rigorous=True)
+    assert set(loose) == set(tight) == network.graph.active
+    samples = [region.sample(torch.arange(3) + 3 * i, F64) for i in range(20)]
+    samples += [region.maximizer(torch.randn(region.center.shape, dtype=F64)) for _ in range(20)]
+    env = bind_values(network.graph, network.module, dtype=F64)
+    traces = [walk(network.graph, {**env, "x": x}, concrete) for x in samples]
+    shrunk = False
+    for value, box in tight.items():
+        size = 1e-12 * (1 + loose[value].lower.abs() + loose[value].upper.abs())
+        assert (box.lower >= loose[value].lower - size).all(), value
+        assert (box.upper <= loose[value].upper + size).all(), value
+        shrunk |= bool((box.upper < loose[value].upper - 1e-6).any())
+        assert (careful[value].lower <= box.lower + size).all()
+        for trace in traces:
+            assert (trace[value] >= box.lower - size).all(), value
+            assert (trace[value] <= box.upper + size).all(), value
+            assert (trace[value] >= careful[value].lower - 1e-15).all(), value
+    assert shrunk or name in ("affine", "ends_nonlinear") or p == INF
+
+
+def test_last_layer_elision_is_the_formula() -> None:
+    """min of C·(W·h + b) over h in [l, u] is Σ max(CW, 0)·l + min(CW, 0)·u + C·b: tighter than through the logits."""
+    network = networks.mlp(5, (4, 6, 3))
+    region, spec = setting(network)
+    module: Any = network.module
+    (w1, b1, w2, b2) = (getattr(module, n).double().numpy() for n in ("p0", "p1", "p2", "p3"))
+    low, high = (e.numpy() for e in region.hull())
+    middle, half = (low + high) / 2, (high - low) / 2
+    center, radius = middle @ w1.T + b1, half @ np.abs(w1).T
+    l, u = np.maximum(center - radius, 0), np.maximum(center + radius, 0)
+    merged = spec.C.double().numpy() @ w2
+    expected = (
+        np.einsum("bmk,bk->bm", np.maximum(merged, 0), l)
+        + np.einsum("bmk,bk->bm", np.minimum(merged, 0), u)
+        + spec.C.double().numpy() @ b2
+    )
+    found = interval(network, region, spec, dtype=F64).numpy()
+    assert np.abs(found - expected).max() <= 1e-13 * (1 + np.abs(expected).max())
+    mid, rad = (l + u) / 2 @ w2.T + b2, (u - l) / 2 @ np.abs(w2).T
+    logits = np.einsum("bmk,bk->bm", spec.C.double().numpy(), mid) - np.einsum(
+        "bmk,bk->bm", np.abs(spec.C.double().numpy()), rad
+    )
+    assert (found >= logits - 1e-12).all()
+    assert (found > logits + 1e-3).any()
+
+
+def test_crown_of_one_layer_is_the_formula() -> None:
+    """One hidden ReLU layer, written out in numpy: the chord above, slope 0 or 1 below."""
+    network = networks.mlp(6, (4, 6, 3))
+    region, spec = setting(network, INF, 0.3)
+    module: Any = network.module
+    (w1, b1, w2, b2) = (getattr(module, n).double().numpy() for n in ("p0", "p1", "p2", "p3"))
+    low, high = (e.numpy() for e in region.hull())
+    middle, half = (low + high) / 2, (high - low) / 2
+    center, radius = middle @ w1.T + b1, half @ np.abs(w1).T
+    l, u = center - radius, center + radius
+    chord = np.where(l >= 0, 1.0, np.where(u <= 0, 0.0, u / (u - l)))
+    offset = np.where((l < 0) & (u > 0), -chord * l, 0.0)
+    below = np.where(l >= 0, 1.0, np.where(u <= 0, 0.0, u > -l))
+    A = spec.C.double().numpy() @ w2
+    plus, minus = np.maximum(A, 0), np.minimum(A, 0)
+    rows = plus * below[:, None] + minus * chord[:, None]
+    bias = np.einsum("bmk,bk->bm", minus, offset) + spec.C.double().numpy() @ b2
+    rows_in, bias = rows @ w1, bias + rows @ b1
+    expected = (
+        np.einsum("bmi,bi->bm", rows_in, middle)
+        - np.einsum("bmi,bi->bm", np.abs(rows_in), half)
+        + bias
+    )
+    found = crown(network, region, spec, dtype=F64, raw=True).numpy()
+    assert np.abs(found - expected).max() <= 1e-12
+
+
+# -- convolutions are matrices -------------------------------------------------------------------------------
+
+
+def as_matrices(network: Network) -> Network:
+    """Every convolution of ``network`` replaced by a dense layer between reshapes, the matrix written out by loops."""
+    b = Builder(network.input_shape)
+    module: Any = network.module
+    names: dict[str, Any] = {"x": b.x}
+
+    def arg(item: Any) -> Any:
+        if isinstance(item, list):
+            return [arg(i) for i in item]
+        if hasattr(item, "name"):
+            return names.get(item.name) or getattr(module, item.name)
+        return item
+
+    for node in network.graph.nodes:
+        args = [arg(a) for a in node.args]
+        if node.op is torch.conv2d:
+            h, w, bias, stride, padding = args
+            matrix = conv_matrix(w.double().numpy(), b.size(h), stride, padding)
+            spread = bias.repeat_interleave(math.prod(node.shape[1:]))
+            flat = b(F.linear, b.flat(h), torch.from_numpy(matrix), spread)
+            names[node.name] = b(prim.reshape, flat, node.shape)
+        else:
+            names[node.name] = b(node.op, *args, **node.kwargs)
+    return b.network(F64)
+
+
+def conv_matrix(w: np.ndarray, shape: tuple[int, ...], stride: Any, padding: Any) -> np.ndarray:
+    c, height, width = shape
+    out, _, kh, kw = w.shape
+    rows = (height + 2 * padding[0] - kh) // stride[0] + 1
+    cols = (width + 2 * padding[1] - kw) // stride[1] + 1
+    matrix = np.zeros((out, rows, cols, c, height, width))
+    for o, i, j, ch, a, e in itertools.product(*map(range, (out, rows, cols, c, kh, kw))):
+        y, x = i * stride[0] - padding[0] + a, j * stride[1] - padding[1] + e
+        if 0 <= y < height and 0 <= x < width:
+            matrix[o, i, j, ch, y, x] += w[o, ch, a, e]
+    return matrix.reshape(out * rows * cols, c * height * width)
+
+
+def skip_net(seed: int) -> Network:
+    """A skip around a block of another stride, twice, and an unequal sum of windows; a wide, low map."""
+    b = Builder((2, 5, 9), seed)
+    h = b.conv(b.x, 3)
+    for _ in range(2):
+        main = b.conv(b.relu(b.norm(b.conv(h, 3, 3, 2, 1))), 3, 3, 1, 1)
+        h = b.norm(b(torch.add, main, b.conv(h, 3, 1, 2, 0)))
+        h = b(torch.add, h, b(torch.neg, b.conv(b.relu(h), 3, 3)))
+    b.linear(b.relu(b.conv(h, 2, 2, 1, 1)), 3)
+    return b.network()
+
+
+def wide_net(seed: int) -> Network:
+    """Large maps, so that rows stay windows through several layers; even kernels, uneven strides."""
+    b = Builder((1, 16, 14), seed)
+    h = b.relu(b.conv(b.x, 2, 3, 1, 1))
+    h = b.relu(b.conv(b.norm(b.conv(h, 2, 2, 1, 1)), 2, 3, 2, 1))
+    h = b(torch.tanh, b.conv(h, 2, 3, 1, 0))
+    h = b(torch.add, h, b.conv(b(torch.abs, b.conv(h, 3, 3)), 2, 1, 1, 0))
+    b.linear(b(prim.average_pool, b.relu(h), (2, 2), (2, 2), (0, 0)), 3)
+    return b.network()
+
+
+CONVOLUTIONAL = {
+    **{k: ARCHITECTURES[k] for k in ("conv", "residual", "bottleneck", "max_pool", "affine")},
+    "skip": skip_net,
+    "wide": wide_net,
+}
+
+
+@pytest.mark.parametrize("p", [2.0, INF])
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_a_convolution_equals_its_matrix(name: str, p: float) -> None:
+    network = CONVOLUTIONAL[name](7)
+    twin = as_matrices(network)
+    region, spec = setting(network, p, 0.3)
+    x = networks.inputs(network, 3, 2).double()
+    assert torch.allclose(network.in_double()(x), twin(x), rtol=1e-12, atol=1e-12)
+    for method, bound in BOUNDS.items():
+        for rigorous in (False, True):
+            a = bound(network, region, spec, dtype=F64, rigorous=rigorous)
+            b = bound(twin, region, spec, dtype=F64, rigorous=rigorous)
+            assert ((a - b).abs() <= 1e-9 * (1 + b.abs())).all(), (method, (a - b).abs().max())
+    # windows all the way: every neuron's own box, which dense rows must reproduce
+    tight, dense = (
+        preactivations(network, region, dtype=F64),
+        preactivations(twin, region, dtype=F64),
+    )
+    for node in network.graph.nodes:
+        if node.op is not torch.relu:
+            continue
+        same = [n for n in twin.graph.nodes if n.op is torch.relu and n.shape == node.shape]
+        gaps = [
+            max(
+                (dense[n.name].lower - tight[node.name].lower).abs().max().item(),
+                (dense[n.name].upper - tight[node.name].upper).abs().max().item(),
+            )
+            for n in same
+        ]
+        assert min(gaps) <= 1e-9, node.name
+
+
+def test_crown_never_loses_to_its_own_rungs() -> None:
+    for name, make in ARCHITECTURES.items():
+        network = make(9)
+        region, spec = setting(network, 2.0, 0.4)
+        rungs = [f(network, region, spec, dtype=F64) for f in (interval, crown_ibp, crown)]
+        assert (rungs[1] >= rungs[0] - 1e-12).all(), name
+        assert (rungs[2] >= rungs[1] - 1e-12).all(), name

@@ -1,0 +1,303 @@
+"""One contract for the whole op table: every entry of every kind, with the awkward arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import contract
+from calipers.graph import primitives as prim
+from calipers.graph.graph import Graph, Node, Ref
+from calipers.ops import OPS, Activation, Affine, Bilinear, Extremum, kind_of, register
+from contract import Case, Const, In
+
+Y = {"positive": True}
+
+
+def cases(op: Any, *argument_sets: tuple[Any, ...]) -> list[Case]:
+    return [Case(op, args, str(i)) for i, args in enumerate(argument_sets)]
+
+
+def norm(n: int, weight: bool = True, bias: bool = True) -> tuple[Any, ...]:
+    w, b = Const(n) if weight else None, Const(n) if bias else None
+    return w, b, Const(n), Const(n, **Y), False, 1e-5
+
+
+CASES: list[Case] = [
+    *cases(
+        F.linear,
+        (In(5), Const(4, 5), Const(4)),
+        (In(5), Const(4, 5)),
+        (In(3, 5), Const(2, 5), Const(2)),
+        (In(1), Const(1, 1), Const(1)),
+    ),
+    *cases(
+        torch.matmul,
+        (In(3), Const(3, 4)),
+        (In(2, 3), Const(3, 4)),
+        (Const(4, 3), In(3, 2)),
+        (Const(2, 4, 3), In(2, 3, 2)),
+    ),
+    *cases(
+        torch.conv1d,
+        (In(2, 7), Const(3, 2, 3), Const(3), [2], [1], [2], 1),
+        (In(4, 6), Const(6, 2, 2), None, [1], [0], [1], 2),
+        (In(2, 6), Const(2, 2, 3), None, 1, "same"),
+    ),
+    *cases(
+        torch.conv2d,
+        (In(2, 6, 7), Const(3, 2, 3, 3), Const(3), [2, 1], [1, 0], [1, 1], 1),
+        (In(6, 5, 6), Const(4, 6, 3, 2), Const(4), [2, 3], [1, 1], [1, 1], 1),
+        (In(5, 7, 7), Const(3, 5, 2, 3), None, [2, 2], [2, 1], [3, 2], 1),
+        (In(4, 5, 4), Const(6, 2, 2, 2), Const(6), [1, 2], [0, 1], [1, 1], 2),
+        (In(3, 4, 4), Const(3, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 3),
+        (In(2, 5, 5), Const(3, 2, 1, 1), None, [2, 2], [0, 0]),
+        (In(2, 5, 5), Const(3, 2, 3, 3), Const(3), 1, "same"),
+        (In(2, 8, 5), Const(3, 2, 3, 3), Const(3), 3, 0),
+        (In(1, 4, 4), Const(2, 1, 2, 2), Const(2)),
+    ),
+    *cases(torch.conv3d, (In(2, 4, 3, 4), Const(2, 2, 2, 1, 3), Const(2), [2, 1, 1], [1, 0, 1])),
+    *cases(
+        torch.conv_transpose1d,
+        (In(2, 4), Const(2, 3, 3), Const(3), [2], [1], [1]),
+        (In(4, 4), Const(4, 1, 3), None, [3], [0], [2], 2, [2]),
+    ),
+    *cases(
+        torch.conv_transpose2d,
+        (In(2, 3, 4), Const(2, 3, 3, 2), Const(3), [2, 1], [1, 0], [1, 0]),
+        (In(4, 3, 3), Const(4, 2, 2, 2), None, [2, 2], [1, 1], [0, 1], 2, [1, 1]),
+        (In(2, 3, 3), Const(2, 2, 3, 3), Const(2), [1, 1], [2, 2], [0, 0], 1, [2, 2]),
+    ),
+    *cases(
+        torch.add,
+        (In(3), In(3)),
+        (In(3), Const(3)),
+        (Const(2, 1), In(2, 3)),
+        (In(2, 1), In(2, 3)),
+        (In(2, 1, 3), Const(4, 1)),
+        (In(4), -0.75),
+        (In(4), 0.1),
+        (In(4), -3),
+    ),
+    *cases(torch.neg, (In(2, 3),)),
+    *cases(
+        torch.mul,
+        (In(3), Const(3)),
+        (Const(3), In(3)),
+        (In(3), -0.7),
+        (In(2, 1), Const(2, 3)),
+        (Const(2, 1, 1), In(2, 3, 2)),
+        (In(1), Const(4)),
+        (In(3), In(3)),
+        (In(2, 1), In(2, 3)),
+        (In(2, 3), In(1, 3)),
+    ),
+    *cases(torch.div, (In(3), Const(3)), (In(3), -0.7), (In(2, 1), Const(2, 3))),
+    *cases(
+        prim.batch_norm,
+        (In(3), *norm(3)),
+        (In(3, 2, 2), *norm(3)),
+        (In(2, 4), *norm(2, weight=False)),
+        (In(2, 4), *norm(2, bias=False)),
+        (In(2, 4), *norm(2, weight=False, bias=False)),
+    ),
+    *cases(prim.dropout, (In(3), 0.5, False)),
+    *cases(prim.identity, (In(2, 2),)),
+    *cases(prim.reshape, (In(2, 3), (6,)), (In(6), (3, 1, 2))),
+    *cases(prim.expand, (In(1, 3), (4, 3)), (In(2, 1, 1), (2, 3, 2))),
+    *cases(prim.slice_, (In(5, 2), 1, 1, 5, 2), (In(2, 3, 4), 3, 0, 4, 3), (In(3, 2), 1, 0, 2)),
+    *cases(
+        prim.pad,
+        (In(2, 3), (1, 2)),
+        (In(2, 3), (1, 0, 2, 1), -0.5),
+        (In(1, 3, 3), (0, -1, 2, 0), 0.5),
+    ),
+    *cases(torch.permute, (In(2, 3, 4), (0, 3, 1, 2)), (In(2, 3, 4), (0, 2, 3, 1))),
+    *cases(torch.index_select, (In(4, 2), 1, torch.tensor([3, 0, 0]))),
+    *cases(
+        torch.cat,
+        ([In(2, 3), In(4, 3)], 1),
+        ([In(2, 3), In(2, 1), In(2, 2)], 2),
+        ([In(1, 2, 2), In(1, 2, 1)], 3),
+    ),
+    *cases(
+        torch.sum, (In(3, 4), (2,), False), (In(3, 4, 2), (1, 3), True), (In(3, 4), (1, 2), False)
+    ),
+    *cases(torch.mean, (In(3, 4), (2,), True), (In(3, 4, 2), (1, 3), False), (In(3), (1,), False)),
+    *cases(
+        prim.average_pool,
+        (In(2, 7), (3,), (2,), (1,)),
+        (In(2, 5, 6), (2, 3), (2, 2), (1, 1), True, False),
+        (In(1, 5, 5), (2, 2), (2, 2), (0, 0), True, True),
+        (In(1, 3, 4, 3), (2, 2, 2), (1, 2, 1), (0, 1, 0)),
+    ),
+    *cases(torch.relu, (In(40),)),
+    *cases(
+        F.leaky_relu,
+        (In(40),),
+        (In(40), 0.2),
+        (In(40), -0.3),
+        (In(40), 2.5),
+        (In(40), 0.0),
+        (In(40), 1.0),
+    ),
+    *cases(torch.abs, (In(40),)),
+    *cases(
+        torch.clamp,
+        (In(40), -0.3, 0.4),
+        (In(40), None, 0.1),
+        (In(40), -0.7, None),
+        (In(40), 0, 6),
+        (In(40), 0.25, 0.25),
+    ),
+    *cases(torch.sigmoid, (In(40),)),
+    *cases(torch.tanh, (In(40),)),
+    *cases(
+        prim.max_pool,
+        (In(2, 7), (3,), (2,), (1,), (2,)),
+        (In(2, 5, 6), (2, 3), (2, 1), (1, 0), (1, 1)),
+        (In(2, 5, 6), (2, 2), (2, 2), (0, 0), (1, 1), True),
+        (In(1, 6, 5), (3, 2), (3, 2), (1, 1), (1, 1), True),
+        (In(1, 5, 4), (1, 1), (2, 1), (0, 0), (1, 1)),
+        (In(1, 3, 3, 3), (2, 2, 1), (1, 1, 2), (0, 1, 0), (1, 1, 1)),
+    ),
+    *cases(
+        prim.maximum,
+        (In(3, 4), (2,), False),
+        (In(3, 4, 2), (1, 3), True),
+        (In(5), (1,), False),
+        (In(2, 1, 3), (2,), False),
+    ),
+]
+
+
+def is_affine(case: Case) -> bool:
+    perturbed = sum(isinstance(a, In) for a in case.args)
+    return isinstance(OPS[case.op], Affine) or (
+        isinstance(OPS[case.op], Bilinear) and perturbed == 1
+    )
+
+
+def of(kind: type) -> list[Case]:
+    return [c for c in CASES if isinstance(OPS[c.op], kind)]
+
+
+def test_every_op_of_the_table_has_a_case() -> None:
+    assert set(OPS) == {case.op for case in CASES}
+    assert {type(kind) for kind in OPS.values()} == {Affine, Activation, Bilinear, Extremum}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interval_rule(case: Case) -> None:
+    contract.check_interval(case)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if is_affine(c)], ids=str)
+def test_affine(case: Case) -> None:
+    contract.check_affine(case)
+
+
+NUMBER = pytest.mark.xfail(
+    strict=True, raises=IndexError, reason="a nonlinear op that yields one number per example"
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=NUMBER) if str(c) == "maximum-2" else c for c in CASES],
+    ids=str,
+)
+def test_linear_bounds_of_functionals(case: Case) -> None:
+    contract.check_rows(case)
+
+
+# -- activations --------------------------------------------------------------------------------------------
+
+
+@st.composite
+def intervals(draw: st.DrawFn) -> tuple[float, float]:
+    """Tiny, huge, point, crossing, saturated: ends of every size, and neighbours of one another."""
+    sizes = st.floats(-12, 8).map(lambda e: 10.0**e) | st.sampled_from(
+        [0.0, 0.25, 0.4, 1.0, 30.0, 40.0, 700.0]
+    )
+    signed = st.builds(lambda s, v: s * v, st.sampled_from([-1.0, 1.0]), sizes)
+    low = draw(signed)
+    high = draw(
+        signed
+        | st.just(low)
+        | sizes.map(lambda w: low + w)
+        | sizes.map(lambda w: low * (1 - 1e-15 * w))
+    )
+    return min(low, high), max(low, high)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", of(Activation), ids=str)
+@settings(max_examples=25)
+@given(chosen=st.lists(intervals(), min_size=1, max_size=8))
+def test_lines(case: Case, dtype: torch.dtype, chosen: list[tuple[float, float]]) -> None:
+    contract.check_lines(case, chosen, dtype)
+
+
+GRID = [-800.0, -100.0, -40.0, -37.0, -36.0, -17.0, -5.0, -1.0, -0.3, -1e-9, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", of(Activation), ids=str)
+def test_lines_on_a_grid(case: Case, dtype: torch.dtype) -> None:
+    ends = sorted({*GRID, *(-v for v in GRID), 0.1, 0.25, 0.4, -0.7})
+    contract.check_lines(case, [(l, u) for l in ends for u in ends if l <= u], dtype)
+
+
+@pytest.mark.parametrize("case", of(Activation), ids=str)
+def test_lines_touch_the_function(case: Case) -> None:
+    contract.check_tightness(case)
+
+
+@pytest.mark.parametrize("case", of(Activation), ids=str)
+def test_pieces(case: Case) -> None:
+    contract.check_pieces(case)
+
+
+def test_piecewise_linear_ops_have_pieces() -> None:
+    without = {op for op, kind in OPS.items() if isinstance(kind, Activation) and not kind.pieces}
+    assert without == {torch.sigmoid, torch.tanh}
+
+
+@pytest.mark.parametrize("case", of(Extremum), ids=str)
+def test_windows(case: Case) -> None:
+    contract.check_windows(case)
+
+
+# -- the table ------------------------------------------------------------------------------------------------
+
+
+def one_op(op: Any, *args: Any) -> tuple[Graph, Node]:
+    node = Node("y", op, args, shape=(3,))
+    return Graph((node,), {}, ("x",), "y", {"c": torch.ones(3, 3)}), node
+
+
+def test_kind_of() -> None:
+    x, c = Ref("x"), Ref("c")
+    assert isinstance(kind_of(*one_op(torch.mul, x, x)), Bilinear)
+    assert isinstance(kind_of(*one_op(torch.mul, c, x)), Affine)
+    assert isinstance(kind_of(*one_op(torch.add, x, x)), Affine)
+    assert isinstance(kind_of(*one_op(torch.matmul, c, x)), Affine)
+    # perturbed where it may not be
+    assert kind_of(*one_op(F.linear, c, x)) is None
+    assert kind_of(*one_op(torch.matmul, x, x)) is None
+    assert kind_of(*one_op(torch.div, c, x)) is None
+    assert kind_of(*one_op(torch.sin, x)) is None
+
+
+def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in (torch.relu, torch.sin):
+        monkeypatch.setitem(OPS, op, OPS[torch.abs])
+    graph, node = one_op(torch.sin, Ref("x"))
+    register(torch.sin, OPS[torch.neg])
+    assert kind_of(graph, node) is OPS[torch.neg]
