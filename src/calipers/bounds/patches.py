@@ -114,18 +114,22 @@ def through_affine(node: Node, rows: Patch, shape: Shape, args: list[Any]) -> Pa
     return None
 
 
-def windows(value: Tensor, rows: Patch) -> Tensor:
-    """The windows of ``value`` (B, C, H, W) that ``rows`` lie on: (S, B, C, h, w), zero outside the map."""
-    h, w = rows.data.shape[-2:]
-    batch, channels, height, width = value.shape
-    g = rows.grid
-    below = g.y + g.down * (g.height - 1) + h - height
-    right = g.x + g.right * (g.width - 1) + w - width
-    frame = F.pad(value, (-g.x, right, -g.y, below)).unfold(2, h, g.down).unfold(3, w, g.right)
-    table = frame.permute(0, 2, 3, 1, 4, 5).reshape(batch * g.height * g.width, -1)
-    base = torch.arange(batch, device=value.device) * (g.height * g.width)
-    picked = table.index_select(0, (rows.place + base).flatten())
-    return picked.reshape(*rows.place.shape, channels, h, w)
+def table(value: Tensor, h: int, w: int, grid: Grid) -> Tensor:
+    """All windows of ``value`` (B, C, H, W) at the places of ``grid``: (B·places, C·h·w), zero outside the map."""
+    batch, _, height, width = value.shape
+    below = grid.y + grid.down * (grid.height - 1) + h - height
+    right = grid.x + grid.right * (grid.width - 1) + w - width
+    padded = F.pad(value, (-grid.x, right, -grid.y, below))
+    frame = padded.unfold(2, h, grid.down).unfold(3, w, grid.right)
+    return frame.permute(0, 2, 3, 1, 4, 5).reshape(batch * grid.height * grid.width, -1)
+
+
+def windows(known: Tensor, rows: Patch) -> Tensor:
+    """The windows that ``rows`` lie on, out of their `table`: (S, B, C, h, w)."""
+    places = rows.grid.height * rows.grid.width
+    base = torch.arange(rows.place.shape[1], device=known.device) * places
+    picked = known.index_select(0, (rows.place + base).flatten())
+    return picked.reshape(*rows.place.shape, -1, *rows.data.shape[-2:])
 
 
 def _coordinates(rows: Patch) -> tuple[Tensor, Tensor]:
