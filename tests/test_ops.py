@@ -202,16 +202,7 @@ def test_affine(case: Case) -> None:
     contract.check_affine(case)
 
 
-NUMBER = pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="a nonlinear op that yields one number per example"
-)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=NUMBER) if str(c) == "maximum-2" else c for c in CASES],
-    ids=str,
-)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_linear_bounds_of_functionals(case: Case) -> None:
     contract.check_rows(case)
 

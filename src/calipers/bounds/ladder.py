@@ -19,7 +19,7 @@ from torch import Tensor
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
-from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start
+from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, start
 from calipers.graph.graph import Network, Node
 from calipers.ops import facts
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
@@ -277,8 +277,8 @@ def _undecided(
     known = state.boxes[name]
     if isinstance(kind, Activation):
         args, kwargs = state.arguments(node)
-        return ~kind.linear(known, *args[1:], **kwargs).flatten(1)
-    return torch.ones_like(known.lower, dtype=torch.bool).flatten(1)
+        return flat(~kind.linear(known, *args[1:], **kwargs))
+    return flat(torch.ones_like(known.lower, dtype=torch.bool))
 
 
 def _refine(state: State, name: str, mask: Tensor) -> None:
@@ -288,7 +288,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
         return
     # each example's wanted positions first; shorter lists are filled up with others
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    low, high = (end.flatten(1) for end in state.boxes[name])
+    low, high = (flat(end) for end in state.boxes[name])
     lows, highs = [], []
     row = _row_bytes(state.network, state.dtype)
     small = elements(state.network.graph, state.env, name, state.network.input_shape)

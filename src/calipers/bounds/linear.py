@@ -18,7 +18,7 @@ from torch import Tensor
 
 from calipers.bounds import patches
 from calipers.bounds.patches import Patch
-from calipers.bounds.state import State, absolute_number, at
+from calipers.bounds.state import State, absolute_number, at, flat
 from calipers.graph.graph import Node
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
@@ -56,7 +56,7 @@ def lower_bounds(
 
 def both_bounds(state: State, name: str, index: Tensor) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
-    z = state.env[name].flatten(1).gather(1, index.T).T
+    z = flat(state.env[name]).gather(1, index.T).T
     low, high = _Pull(state, name).elements_at(index)
     # adding the reference value rounds once more
     slack = (
@@ -83,11 +83,11 @@ class _Pull:
         if rows is not None:
             noise = _affine_noise(self.state, kind, node)  # type: ignore[arg-type]
             if noise is not None:
-                self.bias = -noise.flatten(1).gather(1, index.T).T
+                self.bias = -flat(noise).gather(1, index.T).T
             self.rows[node.operands[0]] = rows
         else:
-            flat = math.prod(node.shape)
-            A = torch.zeros(*index.shape, flat, dtype=self.state.dtype, device=index.device)
+            count = math.prod(node.shape)
+            A = torch.zeros(*index.shape, count, dtype=self.state.dtype, device=index.device)
             A.scatter_(2, index.unsqueeze(2), 1.0)
             self.rows[self.name] = A.reshape(*index.shape, *node.shape)
         self.walk()
@@ -215,7 +215,7 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
 
 def _dot(A: Tensor, v: Tensor) -> Tensor:
     """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
-    rows, vector = A.flatten(2), v.flatten(1)
+    rows, vector = flat(A, 2), flat(v)
     if rows.shape[1] == 1:
         return (rows[:, 0] @ vector[0]).unsqueeze(1)
     return torch.matmul(rows.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T
@@ -242,12 +242,12 @@ def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Ten
         A = patches.dense(A, node.shape)
     if noise is not None:
         bias = -_dot(A.abs(), noise)
-    flat = A.flatten(0, 1)
+    stacked = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
-        back = kind.transpose(flat, index, shape, *args, **kwargs) if kind.transpose else None
+        back = kind.transpose(stacked, index, shape, *args, **kwargs) if kind.transpose else None
         if back is None:
-            back = _vjp(node, flat, index, shape, args, kwargs)
+            back = _vjp(node, stacked, index, shape, args, kwargs)
         parts[index] = back.reshape(*A.shape[:2], *shape)
     return parts, bias
 
@@ -417,17 +417,17 @@ class _Windows(NamedTuple):
 
 def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
     args, kwargs = state.arguments(node)
-    z, out = args[0].flatten(1), state.env[node.name].flatten(1)
+    z, out = flat(args[0]), flat(state.env[node.name])
     box = state.boxes[node.operands[0]]
     index = kind.windows(tuple(args[0].shape[1:]), *args[1:], **kwargs).to(z.device)
     index = index.reshape(-1, index.shape[-1])
     where = index.clamp_min(0)
-    low = torch.where(index >= 0, box.lower.flatten(1)[:, where], -math.inf)
-    high = torch.where(index >= 0, box.upper.flatten(1)[:, where], -math.inf)
-    flat = where.expand(len(z), -1, -1)
+    low = torch.where(index >= 0, flat(box.lower)[:, where], -math.inf)
+    high = torch.where(index >= 0, flat(box.upper)[:, where], -math.inf)
+    places = where.expand(len(z), -1, -1)
 
     def position(pick: Tensor) -> Tensor:
-        return flat.gather(2, pick.unsqueeze(2)).squeeze(2)
+        return places.gather(2, pick.unsqueeze(2)).squeeze(2)
 
     best = low.argmax(2)
     top, pick = high.max(2)
@@ -455,7 +455,7 @@ def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
 
 def _extremum(state: State, kind: Extremum, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
     w = state.once("windows", node.name, lambda s, _: _windows(s, kind, node))
-    rows = A.flatten(2)
+    rows = flat(A, 2)
     plus, minus = rows.clamp_min(0), rows.clamp_max(0)
     bias = _dot(plus, w.low_gap) + _dot(minus, w.high_gap)
     shape = state.shape(node.operands[0])

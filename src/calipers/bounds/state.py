@@ -126,6 +126,11 @@ def _cut(value: Any, span: slice) -> Any:
     return value
 
 
+def flat(value: Tensor, lead: int = 1) -> Tensor:
+    """All but the first ``lead`` dimensions in one (also where there are none)."""
+    return value.reshape(*value.shape[:lead], -1)
+
+
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"
 
 
