@@ -15,12 +15,12 @@ from calipers import __version__
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
-from calipers.evaluate.checks import batches, check, evaluating, onnxruntime_replica
+from calipers.evaluate.checks import batches, check, onnxruntime_replica
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.result import Audit
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
-from calipers.graph.graph import Network
+from calipers.graph.graph import Network, evaluating
 from calipers.sets import ThreatModel
 
 

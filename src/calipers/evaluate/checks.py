@@ -7,13 +7,12 @@ onnxruntime agree; it is deterministic; examples of a batch do not touch each ot
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calipers.bracket import Model
 from calipers.errors import CaptureError, DataError, ModelError
@@ -42,18 +41,6 @@ class Checks:
 def batches(x: Tensor, size: int = BATCH) -> list[Tensor]:
     """``x`` in parts of at most ``size`` rows."""
     return [x[i : i + size] for i in range(0, len(x), size)]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, restored afterwards module by module."""
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for owner, mode in modes:
-            owner.training = mode
 
 
 @torch.no_grad()

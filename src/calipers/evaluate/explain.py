@@ -16,10 +16,10 @@ from calipers.data import Data
 from calipers.errors import UnsupportedOp
 from calipers.evaluate.audit import as_data
 from calipers.evaluate.cascade import Side, Stage, default_cascade
-from calipers.evaluate.checks import check, evaluating
+from calipers.evaluate.checks import check
 from calipers.evaluate.fold import Job, measure
 from calipers.graph.capture import capture
-from calipers.graph.graph import Network
+from calipers.graph.graph import Network, evaluating
 from calipers.sets import ThreatModel
 
 if TYPE_CHECKING:

@@ -8,15 +8,14 @@ runs and can be attacked, and bounds name what they lack.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from calipers.errors import CaptureError
-from calipers.graph.graph import Graph, Network, Node, Ref, bind, evaluate
+from calipers.graph.graph import Graph, Network, Node, Ref, bind, evaluate, evaluating
 from calipers.graph.lower import INPLACE, LOWER, SHAPED, SPLITS, VIEWS, Call, splits
 from calipers.graph.primitives import identity, slice_
 
@@ -49,7 +48,7 @@ def capture(module: nn.Module, example: Tensor) -> Network:
     pair = (
         example[:1].expand(2, *example.shape[1:]).contiguous().detach()
     )  # export specialises a batch of 1
-    with _evaluating(module):
+    with evaluating(module):
         program = _export(module, pair)
         network = Network(_Reader(program, module).graph(), module, tuple(example.shape[1:]))
         _check(network, pair)
@@ -93,18 +92,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
         and a.dtype == b.dtype
         and torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
     )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, restored afterwards module by module."""
-    modes = [(m, m.training) for m in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for owner, mode in modes:
-            owner.training = mode
 
 
 def _export(module: nn.Module, pair: Tensor) -> Any:
