@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calipers.attacks.losses import Loss, loss_named, value_gradient
+from calipers.attacks.losses import Loss, loss_named, output_gradient
 from calipers.errors import unknown_name
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -114,29 +114,32 @@ def pgd(
 
 @dataclass
 class _Best:
-    """The best point of each example so far; lower margins win, NaN never does."""
+    """The best point of each example so far; lower margins win, NaN never does.
+
+    With ``drop`` the first point that breaks an example stays: others decide when its row leaves the batch, so that
+    what came later would depend on them.
+    """
 
     points: Tensor
     margin: Tensor
 
     @classmethod
     def at(cls, points: Tensor) -> _Best:
-        return cls(points, points.new_full((len(points),), torch.inf))
+        return cls(points.clone(), points.new_full((len(points),), torch.inf))
 
-    def update(self, rows: Tensor | None, points: Tensor, margin: Tensor) -> None:
+    def update(self, rows: Tensor | None, points: Tensor, margin: Tensor, drop: bool) -> None:
         known = self.margin if rows is None else self.margin[rows]
         better = margin < known
-        if not bool(better.any()):
+        if drop:
+            better &= known > 0
+        chosen = torch.nonzero(better).flatten()
+        if not len(chosen):
             return
-        if rows is None:
-            mask = better.reshape(-1, *[1] * (points.ndim - 1))
-            # ``points`` is never written to again, so it may become the best itself
-            self.points = points if bool(better.all()) else torch.where(mask, points, self.points)
-            self.margin = torch.where(better, margin, known)
-            return
-        chosen = rows[better]
-        self.points = self.points.index_copy(0, chosen, points[better])
-        self.margin = self.margin.index_copy(0, chosen, margin[better])
+        if len(chosen) < len(points):
+            points, margin = points.index_select(0, chosen), margin.index_select(0, chosen)
+        target = chosen if rows is None else rows[chosen]
+        self.points.index_copy_(0, target, points)
+        self.margin.index_copy_(0, target, margin)
 
 
 def _alive(best: _Best) -> Tensor:
@@ -166,7 +169,7 @@ def _ascend(
     length = step_size if plain else _length(region, step_size, dtype)
     for _ in range(steps):
         gradient, margin = _gradient(model, objective, spec, x)
-        best.update(rows, x, margin)
+        best.update(rows, x, margin, drop)
         if drop:
             keep = ~(margin <= 0)
             left = int(keep.sum())
@@ -177,9 +180,21 @@ def _ascend(
                 rows = index if rows is None else rows[index]
                 region, spec, x, gradient = region[index], spec[index], x[index], gradient[index]
                 length = length[index] if isinstance(length, Tensor) else length
+        gradient = gradient if plain else _unblocked(region, x, gradient)
         x = region.ascend(x, gradient, length, plain=plain)
     with torch.no_grad():
-        best.update(rows, x, spec.margin(spec.values(model(x))))
+        best.update(rows, x, spec.margin_at(model(x)), drop)
+
+
+def _unblocked(region: Region, x: Tensor, gradient: Tensor) -> Tensor:
+    """For l1, without the entries that the box stops: the step moves one feature, which must not be a stuck one."""
+    if region.p != 1:
+        return gradient
+    low, high = region.inner(x.dtype)
+    center, radius = region.center.to(x.dtype), region.unit.to(x.dtype)
+    room = torch.where(gradient > 0, high - x, x - low) > 1e-6 * radius  # not a rounding error's
+    ball = (x - center).abs() >= 0.999 * radius  # the whole radius is spent there: stay
+    return torch.where(room | ball, gradient, 0.0)
 
 
 def _length(region: Region, step_size: float, dtype: torch.dtype) -> float | Tensor:
@@ -199,11 +214,10 @@ def _gradient(model: Model, objective: Loss, spec: Spec, x: Tensor) -> tuple[Ten
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         logits = model(point)
-    values = spec.values(logits.detach())
-    weights = value_gradient(objective, values, spec)
-    toward = torch.bmm(weights.unsqueeze(1), spec.C.to(logits.dtype)).squeeze(1)
+    outputs = logits.detach()
+    toward = output_gradient(objective, outputs, spec)
     (gradient,) = torch.autograd.grad(logits, point, toward)
-    return gradient, spec.margin(values)
+    return gradient, spec.margin_at(outputs)
 
 
 @dataclass(frozen=True)

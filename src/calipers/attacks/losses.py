@@ -26,7 +26,8 @@ def margin_loss(values: Tensor, spec: Spec) -> Tensor:
 
 def cross_entropy(values: Tensor, spec: Spec) -> Tensor:
     """log(1 + Σ exp(−value)) over clauses: for labels exactly logsumexp(y) − y_label."""
-    return F.softplus(torch.logsumexp(-_clauses(values, spec), -1))
+    # softplus is linear beyond its threshold; at torch's 20 that would cost float64 half of its digits
+    return F.softplus(torch.logsumexp(-_clauses(values, spec), -1), threshold=40.0)
 
 
 def _clauses(values: Tensor, spec: Spec) -> Tensor:
@@ -41,25 +42,30 @@ def _clauses(values: Tensor, spec: Spec) -> Tensor:
 LOSSES: dict[str, Loss] = {"margin": margin_loss, "cross_entropy": cross_entropy}
 
 
-def value_gradient(loss: Loss, values: Tensor, spec: Spec) -> Tensor:
-    """The derivative of each example's loss with respect to its values, (B, M): closed form where there is one."""
-    if spec.simple and loss in _GRADIENTS:
-        return _GRADIENTS[loss](values)
+def output_gradient(loss: Loss, y: Tensor, spec: Spec) -> Tensor:
+    """The derivative of each example's loss with respect to its outputs ``y``, (B, K); a closed form for labels."""
+    if spec.of_label is not None and loss in _OF_LABEL:
+        return _OF_LABEL[loss](y, spec.of_label.unsqueeze(1))
     with torch.enable_grad():
-        leaf = values.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(leaf, spec).sum(), leaf)
+        leaf = y.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(spec.values(leaf), spec).sum(), leaf)
     return gradient
 
 
-def _lowest(values: Tensor) -> Tensor:
-    lowest = values.argmin(-1, keepdim=True)
-    return torch.zeros_like(values).scatter_(-1, lowest, -1.0)
+def _cross_entropy_gradient(y: Tensor, label: Tensor) -> Tensor:
+    probability = torch.softmax(y, 1)
+    return probability.scatter_add_(1, label, probability.new_full((1, 1), -1.0).expand_as(label))
 
 
-# For labels: minus the rival's weight; for cross-entropy that is its probability.
-_GRADIENTS: dict[Loss, Callable[[Tensor], Tensor]] = {
-    margin_loss: _lowest,
-    cross_entropy: lambda values: -torch.softmax(F.pad(-values, (1, 0)), -1)[..., 1:],
+def _margin_gradient(y: Tensor, label: Tensor) -> Tensor:
+    rival = y.scatter(1, label, -torch.inf).argmax(1, keepdim=True)
+    one = y.new_ones((1, 1)).expand_as(label)
+    return torch.zeros_like(y).scatter_(1, rival, one).scatter_(1, label, -one)
+
+
+_OF_LABEL: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
+    cross_entropy: _cross_entropy_gradient,
+    margin_loss: _margin_gradient,
 }
 
 
