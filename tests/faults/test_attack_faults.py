@@ -1,0 +1,133 @@
+"""Planted faults in the attacks: the checks of `attack_checks` must catch each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import attack_checks as checks
+from attack_checks import INF
+from calipers import Region, Spec, fgsm, pgd
+from calipers.attacks import gradient
+from calipers.attacks.gradient import _Best
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+TRUE_GRADIENT = gradient._gradient
+
+
+def sign_flipped(patch: pytest.MonkeyPatch) -> None:
+    def flipped(*args: object) -> tuple[Tensor, Tensor]:
+        g, margin = TRUE_GRADIENT(*args)  # type: ignore[arg-type]
+        return -g, margin
+
+    patch.setattr(gradient, "_gradient", flipped)
+
+
+def projection_skipped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Region, "project", lambda self, z: z)
+    patch.setattr(Region, "ascend", ascend)
+
+
+def ascend(
+    self: Region, x: Tensor, gradient: Tensor, length: float | Tensor, *, plain: bool
+) -> Tensor:
+    """A step and its projection, one after the other, so that a fault in either shows."""
+    return self.project(x + length * (gradient if plain else self.steepest(gradient)))
+
+
+def box_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A step that stays in the ball alone."""
+
+    def ball(self: Region, z: Tensor) -> Tensor:
+        gap = z - self.center.to(z.dtype)
+        size = torch.linalg.vector_norm(gap.flatten(1), ord=self.p, dim=1).clamp_min(1e-30)
+        return self.center.to(z.dtype) + gap * (self.eps.to(z.dtype) / size).clamp_max(1).view(
+            -1, 1
+        )
+
+    patch.setattr(Region, "project", ball)
+    patch.setattr(Region, "ascend", ascend)
+
+
+def averaged_loss(patch: pytest.MonkeyPatch) -> None:
+    """The mean over the batch instead of the sum: plain steps shrink with the batch."""
+
+    def averaged(model: object, objective: object, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+        g, margin = TRUE_GRADIENT(model, objective, spec, x)  # type: ignore[arg-type]
+        return g / len(x), margin
+
+    patch.setattr(gradient, "_gradient", averaged)
+
+
+def last_kept(patch: pytest.MonkeyPatch) -> None:
+    def update(
+        self: _Best, rows: Tensor | None, points: Tensor, margin: Tensor, drop: bool
+    ) -> None:
+        chosen = torch.arange(len(self.margin)) if rows is None else rows
+        self.points = self.points.index_copy(0, chosen, points)
+        self.margin = self.margin.index_copy(0, chosen, margin)
+
+    patch.setattr(_Best, "update", update)
+
+
+def one_seed_for_all(patch: pytest.MonkeyPatch) -> None:
+    """Noise drawn for the batch as a whole."""
+    true = Region.sample
+
+    def sample(self: Region, seeds: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return true(self, seeds[0] + torch.arange(len(seeds)), dtype)
+
+    patch.setattr(Region, "sample", sample)
+
+
+def direction_of_another_norm(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Region, "steepest", lambda self, g: g / g.norm(dim=1, keepdim=True))
+    patch.setattr(Region, "ascend", ascend)
+
+
+PLAIN = partial(pgd, steps=3, direction="gradient", step_size=0.3)
+RESTARTED = partial(pgd, steps=2, restarts=2)
+FEW = partial(pgd, steps=12, loss="margin")
+
+CHECKS: dict[str, Callable[[], None]] = {
+    "ascends": lambda: checks.check_ascends(partial(pgd, steps=1, step_size=0.1), 2),
+    "fgsm ascends": lambda: checks.check_ascends(fgsm, INF),
+    "inside": lambda: checks.check_membership(pgd, 2, torch.float32),
+    "start": lambda: checks.check_never_worse_than_its_start(pgd, INF),
+    "steps": lambda: checks.check_best_of_more_steps(pgd, 2),
+    "batch": lambda: checks.check_batch_independence(PLAIN, INF),
+    "batch, restarts": lambda: checks.check_batch_independence(RESTARTED, 2),
+    "closed form": lambda: checks.check_linear_optimum(FEW, INF, 1 + 1e-5),
+}
+
+FAULTS: list[tuple[Patch, str]] = [
+    (sign_flipped, "ascends"),
+    (sign_flipped, "fgsm ascends"),
+    (sign_flipped, "closed form"),
+    (projection_skipped, "inside"),
+    (projection_skipped, "closed form"),
+    (box_forgotten, "inside"),
+    (averaged_loss, "batch"),
+    (last_kept, "start"),
+    (last_kept, "steps"),
+    (one_seed_for_all, "batch, restarts"),
+    (direction_of_another_norm, "closed form"),
+]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_real_attacks_pass(name: str) -> None:
+    CHECKS[name]()
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"), FAULTS, ids=[f"{f.__name__}-{name}" for f, name in FAULTS]
+)
+def test_planted_fault_is_caught(fault: Patch, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        CHECKS[name]()
