@@ -72,6 +72,16 @@ def test_cross_entropy_keeps_what_torchs_loses_in_float32() -> None:
     assert g[0].tolist() == pytest.approx([-exact, exact / 2, exact / 2], rel=1e-5)
 
 
+def test_saturated_examples_keep_the_labels_gradient_in_the_attacks() -> None:
+    """The label's probability rounds to 1; the input that only the label's logit reads must move all the same."""
+    x = torch.tensor([[0.5, 0.5, 0.5]])
+    spec, region = Spec.label(torch.tensor([0]), 3), ThreatModel(INF, 0.1).around(x)
+    shift = torch.tensor([40.0, 0.0, 0.0])
+    for attack in (fgsm, pgd):
+        points = attack(lambda z: z + shift, region, spec)
+        torch.testing.assert_close(points, torch.tensor([[0.4, 0.6, 0.6]]))
+
+
 def test_two_logits_are_the_sigmoid() -> None:
     model, (x, y) = network(2), batch(2)
     logits = model(x)
