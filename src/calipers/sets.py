@@ -346,16 +346,15 @@ class Region:
     ) -> Tensor:
         """project(x + length·steepest(g)), or project(x + length·g) if ``plain``: one step of an attack.
 
-        ``g`` may be overwritten.
+        ``x`` may be overwritten: on small networks a step costs as much as its memory traffic.
         """
-        box = self.p == math.inf
-        direction = g if plain else g.sign_() if box else self.steepest(g)
-        step = length * direction if isinstance(length, Tensor) else direction
-        z = torch.add(x, step, alpha=1.0 if isinstance(length, Tensor) else length)
-        if box:  # the new point is nobody else's yet
-            low, high = self.inner(z.dtype)
-            return z.clamp_(low, high)
-        return self.project(z)
+        direction = g if plain else self.steepest(g)
+        uniform = not isinstance(length, Tensor)
+        x = x.add_(direction, alpha=length) if uniform else x.add_(length * direction)
+        if self.p == math.inf:
+            low, high = self.inner(x.dtype)
+            return x.clamp_(low, high)
+        return self.project(x)
 
     def sample(self, seeds: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """One random member per example: uniform in the box (p = inf), or uniform in the ball, then projected.

@@ -27,6 +27,7 @@ class Spec:
         d: offsets, (B, M).
         clause: the clause of each functional, (M,) integers; clauses are numbered 0, 1, ... without gaps.
         strict: whether each functional must be > 0 (True) or only >= 0, (M,); all strict by default.
+        of_label: the classes (B,), where the specification is `label`'s: what then is quicker to compute directly.
 
     Raises:
         SpecError: the shapes do not fit, a value is not finite, or a clause is empty.
@@ -36,6 +37,7 @@ class Spec:
     d: Tensor
     clause: Tensor
     strict: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    of_label: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.strict.numel() == 0:
@@ -74,7 +76,7 @@ class Spec:
         eye = torch.eye(num_classes, device=y.device)
         C = eye[y].unsqueeze(1) - eye[rivals]
         clause = torch.arange(num_classes - 1, device=y.device)
-        return cls(C, torch.zeros(C.shape[:2], device=y.device), clause)
+        return cls(C, torch.zeros(C.shape[:2], device=y.device), clause, of_label=y)
 
     @classmethod
     def target(cls, y: Tensor, t: Tensor, num_classes: int) -> Spec:
@@ -111,6 +113,14 @@ class Spec:
             values = start.scatter_reduce(-1, index, values, "amax")
         return values.amin(-1)
 
+    def margin_at(self, y: Tensor) -> Tensor:
+        """The margin of outputs ``y`` (B, K): (B,)."""
+        if self.of_label is None:
+            return self.margin(self.values(y))
+        label = self.of_label.unsqueeze(1)
+        rivals = y.scatter(1, label, -math.inf)
+        return (y.gather(1, label) - rivals.amax(1, keepdim=True)).squeeze(1)
+
     def violated(self, y: Tensor) -> Tensor:
         """Whether outputs ``y`` break the specification: (B,) bool. NaN outputs do not count as a violation."""
         values = self.values(y)
@@ -122,7 +132,8 @@ class Spec:
         return fails.amax(-1).bool() & torch.isfinite(y).all(-1)
 
     def __getitem__(self, index: Tensor | slice) -> Spec:
-        return Spec(self.C[index], self.d[index], self.clause, self.strict)
+        label = None if self.of_label is None else self.of_label[index]
+        return Spec(self.C[index], self.d[index], self.clause, self.strict, label)
 
     def __len__(self) -> int:
         return len(self.C)
