@@ -4,8 +4,8 @@
 
 Every ratio is the median over interleaved pairs in one process, with the same batch, layout, precision and
 allocator on both sides. ``--bounds DIR`` holds ``NET.onnx`` and ``auto_lirpa_0.7.1.npz`` (input boxes, margin rows
-and auto_LiRPA's bounds): our bounds are compared with those, and if the package ``auto_LiRPA`` can be imported it is timed in
-the same run. The figures that were measured stand in PERFORMANCE.md.
+and auto_LiRPA's bounds): our bounds are compared with those, and if the package ``auto_LiRPA`` can be imported it is
+timed in the same run. The figures that were measured stand in PERFORMANCE.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def pairs(ours: Timed, theirs: Timed, runs: int) -> tuple[float, float, float]:
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -349,8 +349,9 @@ class Region:
         ``x`` may be overwritten: on small networks a step costs as much as its memory traffic.
         """
         direction = g if plain else self.steepest(g)
-        uniform = not isinstance(length, Tensor)
-        x = x.add_(direction, alpha=length) if uniform else x.add_(length * direction)
+        if isinstance(length, Tensor):
+            direction, length = length * direction, 1.0
+        x = x.add_(direction, alpha=length)
         if self.p == math.inf:
             low, high = self.inner(x.dtype)
             return x.clamp_(low, high)

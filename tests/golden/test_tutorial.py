@@ -8,7 +8,7 @@ Attacks may be *stronger* than published, and are on the convolutional network w
 cross-entropy loses the label's gradient on the images whose probability rounds to 1 (29 % of them); ours keeps it. Over
 all images, ours against published: FGSM .4802 (.4173; the tutorial's own lines give .4679 today in float32, and our
 rate in float64), PGD .7563 (.7432), ten restarts .7755 (.7648), l2 .8109 (.7854). For this network the published
-rate less the tolerance is the limit from below; from above PGD has 1.5 points, FGSM and l2 none.
+rate less the tolerance is a limit from below only.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ def test_pgd_error_of_the_cnn_on_every_twentieth_image() -> None:
     found = rate(errors(name, rows, linf(0.1, box=False), PGD))
     room = tolerance(0.01, expected, rows)
     assert found >= expected - room
-    # all images: 1.3 points stronger than published, see the module's docstring
-    assert found <= expected + (0.015 if FULL else room)
+    # over all images it is 1.3 points stronger than published, see the module's docstring
+    assert FULL or found <= expected + room
 
 
 def test_pgd_error_of_the_interval_trained_cnn_is_within_a_point() -> None:
@@ -319,7 +319,7 @@ def test_ten_random_restarts_on_every_hundredth_image_of_the_cnn() -> None:
     found = rate(errors(name, rows, linf(0.1, box=False), attack))
     room = tolerance(0.01, expected, rows)
     assert found >= expected - room
-    assert found <= expected + (0.015 if FULL else room)
+    assert FULL or found <= expected + room  # all images: 1.1 points stronger
 
 
 @pytest.mark.parametrize(
