@@ -28,6 +28,8 @@ def propagate(
 ) -> None:
     """Fill ``state.boxes``, and the reference with the boxes' centres, for all active nodes in order.
 
+    What an earlier call left stays, unless ``tighten`` has since refined something that it depends on.
+
     Args:
         tighten: may improve a node's operands before it is read.
         until: stop at this node; if it is affine only its reference is filled, which is cheaper.
@@ -38,11 +40,12 @@ def propagate(
         if node.name in graph.active:
             if tighten is not None:
                 tighten(state, node)
-            if node.name == until and isinstance(state.kind(node), Affine):
-                args, kwargs = state.arguments(node)
-                state.env[node.name] = node.op(*args, **kwargs)
-            else:
-                _visit(state, node)
+            if state.outdated(node):
+                if node.name == until and isinstance(state.kind(node), Affine):
+                    args, kwargs = state.arguments(node)
+                    state.env[node.name] = node.op(*args, **kwargs)
+                else:
+                    _visit(state, node)
         if keep is not None:
             for name in graph.last_use[node.name]:
                 if name not in keep and name in state.boxes:

@@ -210,7 +210,6 @@ def _crown(state: State, spec: Spec) -> Tensor:
 
 def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
     weak = _crown_ibp(state, spec)
-    state.cache.clear()  # lines over interval bounds
     return torch.maximum(_crown(state, spec), weak)
 
 
@@ -306,6 +305,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
         highs.append(pair[1])
     shape = state.boxes[name].lower.shape
     state.off_centre.add(name)
+    state.change(name)
     state.boxes[name] = Interval(torch.cat(lows).reshape(shape), torch.cat(highs).reshape(shape))
 
 

@@ -49,6 +49,7 @@ class State:
     off_centre: set[str] = field(
         default_factory=set
     )  # refined: the reference is not the box's centre
+    changed: set[str] = field(default_factory=set)  # since it was first propagated
     parent: State | None = None
     span: slice = field(default_factory=lambda: slice(None))  # of the parent's examples
 
@@ -100,6 +101,21 @@ class State:
             self.cache[key] = make(self, name)
         value: T = self.cache[key]
         return value
+
+    def outdated(self, node: Node) -> bool:
+        """Whether a node's interval is missing, or something that it is made of has changed since."""
+        if node.name not in self.env:
+            return True
+        if self.changed.isdisjoint(node.operands):
+            return False
+        self.change(node.name)
+        return True
+
+    def change(self, name: str) -> None:
+        """Note that a value's interval changes: what was derived from it no longer holds."""
+        self.changed.add(name)
+        for key in [k for k in self.cache if k[1] in (name, "table")]:
+            del self.cache[key]
 
     def part(self, span: slice) -> State:
         """The same computation for some of the examples; views, not copies."""
