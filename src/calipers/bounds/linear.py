@@ -14,17 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.bounds import patches
 from calipers.bounds.patches import Patch
 from calipers.bounds.state import State, absolute_number, at, flat
 from calipers.graph.graph import Node
+from calipers.ops.affine import AFFINE
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
 
 Rows = Tensor | Patch  # (S, B, *shape), or windows of it
 Parts = dict[int, Rows]  # operand number -> rows
+MANY = 64  # rows of one example from which on picking the columns that count pays
 
 
 def lower_bounds(
@@ -120,7 +123,11 @@ class _Pull:
         if split:
             self._mirror()
         bias: Tensor | None
-        if isinstance(kind, Activation):
+        linear = _dense_linear_before(state, kind, node, A)
+        if linear is not None and isinstance(kind, Activation) and isinstance(A, Tensor):
+            parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
+            node = linear
+        elif isinstance(kind, Activation):
             parts, bias = _activation(state, kind, node, A, split)
         else:
             parts, bias = RULES[type(kind)](state, kind, node, _mirrored(A) if split else A)
@@ -360,6 +367,48 @@ def _activation(
     rows = torch.cat([along - bent, -along - bent])
     bias = torch.cat([straight - loss, -straight - loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
+
+
+def _dense_linear_before(state: State, kind: Kind, node: Node, A: Rows) -> Node | None:
+    """The linear layer that feeds an activation, where `_activation_and_linear` can take both steps."""
+    if not isinstance(kind, Activation) or isinstance(A, Patch) or state.batch > 1 or len(A) < MANY:
+        return None
+    before = state.network.graph.node.get(node.operands[0])
+    if before is None or before.op is not F.linear or torch.is_grad_enabled():
+        return None
+    return before if len(state.shape(before.operands[0])) == 1 else None
+
+
+def _activation_and_linear(
+    state: State, kind: Activation, node: Node, linear: Node, A: Tensor, split: bool
+) -> tuple[Parts, Tensor]:
+    """Both steps for the rows of one example, over the neurons that count: inactive ones have no column in the
+    product, and only unstable ones bend, so the two sides of an element share the product with all others."""
+    mid, half, offset, gap = (v[0] for v in _lines(state, kind, node.name))
+    key = (f"columns of {node.name}", "table")
+    if key not in state.cache:
+        live = torch.nonzero((mid != 0) | (half != 0)).flatten()
+        bent = torch.nonzero(half[live]).flatten()
+        weight = state.arguments(linear)[0][1][live]
+        state.cache[key] = live, bent, weight, weight[bent]
+    live, bent, weight, bent_weight = state.cache[key]
+    rows, size = A[:, 0], A[:, 0].abs()
+    straight, loss = rows @ offset, size @ gap
+    along = rows[:, live] * mid[live]
+    bend = size[:, live[bent]] * half[live[bent]]
+    noise = _affine_noise(state, AFFINE[F.linear], linear)
+    if noise is not None:
+        loss = loss + along.abs() @ noise[0, live] + bend.abs() @ noise[0, live[bent]]
+    if split:
+        common, change = along @ weight, bend @ bent_weight
+        found = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
+        torch.sub(common, change, out=found[: len(A)])
+        torch.add(common, change, out=found[len(A) :]).neg_()
+        bias = torch.cat([straight - loss, -straight - loss])
+    else:
+        along[:, bent] -= bend
+        found, bias = along @ weight, straight - loss
+    return {0: found.unsqueeze(1)}, bias.unsqueeze(1)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
