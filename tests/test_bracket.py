@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import calipers
 from calipers.bracket import Bracket, Evidence, Verdict, witness
-from calipers.errors import SoundnessError
+from calipers.errors import ModelError, SoundnessError
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network
 from calipers.sets import Region, ThreatModel
@@ -310,7 +311,7 @@ def test_a_violation_in_a_batch_only_is_no_success() -> None:
 def test_the_callers_model_is_unchanged() -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.Linear(3, 2))
     net.eval()
-    net[2].train()
+    net[0].train()  # harmless there, and not to be changed either
     net[0].weight.grad = torch.ones(3, 2)
     state = copy.deepcopy(net.state_dict())
     modes = [m.training for m in net.modules()]
@@ -350,3 +351,16 @@ def test_upper_end_is_attained(seed: int) -> None:
         assert abs(distance - 0.3) > 1e-9
         assert b.upper[i].item() == (pytest.approx(margin, abs=1e-5) if inside else INF)
         assert (b.verdict()[i] is Verdict.VULNERABLE) == (inside and margin <= 0)
+
+
+def test_training_mode_of_batch_dependent_layers_is_refused_and_nothing_changes() -> None:
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    x, y = torch.rand(5, 4), torch.zeros(5, dtype=torch.int64)
+    region, spec = ThreatModel(2.0, 0.1).around(x), Spec.label(y, 3)
+    with pytest.raises(ModelError, match=r"^model: 1 in training mode; call \.eval\(\)"):
+        witness(module, region, spec, x)
+    with pytest.raises(ModelError, match="training mode"):
+        calipers.attack(module, x, y, ThreatModel(2.0, 0.1))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert len(witness(module.eval(), region, spec, x)) == 5

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calipers.attacks import pgd
 from calipers.bounds import crown
+from calipers.bracket import require_eval
 from calipers.errors import DataError
 from calipers.graph.graph import Network
 from calipers.seeds import seeds as seeds_of
@@ -35,7 +36,9 @@ def attack(
     Raises:
         DataError: inputs outside the domain, not finite, or not floating point.
         ValueError: labels that the model's outputs do not have.
+        ModelError: normalisation or dropout is in training mode.
     """
+    require_eval(model)
     region = threat.around(x)
     with torch.no_grad():
         classes = model(x[:1]).shape[-1]

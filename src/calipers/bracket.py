@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from calipers.errors import SoundnessError
+from calipers.errors import ModelError, SoundnessError
 from calipers.sets import Region
 from calipers.spec import Spec
 
@@ -225,6 +225,27 @@ def in_double(model: Model) -> Model | None:
     return lambda x: twin(x.double())
 
 
+def require_eval(model: object) -> None:
+    """Refuse a module whose outputs depend on its batch or on chance: normalisation or dropout in training mode.
+
+    Raises:
+        ModelError: naming the layers.
+    """
+    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+    if not isinstance(module, nn.Module):
+        return
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # noqa: SLF001
+    names = [
+        n or type(m).__name__
+        for n, m in module.named_modules()
+        if m.training and isinstance(m, kinds)
+    ]
+    if names:
+        raise ModelError(
+            f"model: {', '.join(names[:5])} in training mode; call .eval() before measuring"
+        )
+
+
 @torch.no_grad()
 def witness(
     model: Model,
@@ -242,8 +263,12 @@ def witness(
     model in its own dtype, in float64 where it is an ``nn.Module``, and each of ``replicas`` (onnxruntime, say).
     Rows outside the set, or with NaN outputs, get upper = inf.
 
+    Raises:
+        ModelError: normalisation or dropout is in training mode.
+
     Cost: two batched passes, and two single ones for each row that looks broken.
     """
+    require_eval(model)
     label = evidence or Evidence("witness")
     x = x.detach()
     own = _margins(model, spec, x)

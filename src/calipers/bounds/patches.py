@@ -103,7 +103,7 @@ def through_affine(node: Node, rows: Patch, shape: Shape, args: list[Any]) -> Pa
     if node.op is torch.conv2d:
         return _through_conv(node, rows, args[1])
     if node.op is torch.add:
-        return rows if shape == node.shape else None
+        return rows if shape == node.shape and not node.kwargs else None
     if node.op is torch.neg:
         return -rows
     if node.op is prim.batch_norm:

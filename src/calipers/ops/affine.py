@@ -120,7 +120,7 @@ def _deconv_transpose(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def transpose(
         A: Tensor,
         _i: int,
-        _shape: Shape,
+        shape: Shape,
         _x: Any,
         w: Tensor,
         _b: Any = None,
@@ -130,7 +130,12 @@ def _deconv_transpose(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Tensor:
-        return conv(A, w, None, stride, padding, dilation, groups)
+        back = conv(A, w, None, stride, padding, dilation, groups)
+        for dim, size in enumerate(
+            shape[1:], 2
+        ):  # an output padding of a whole stride adds positions
+            back = back.narrow(dim, 0, size)
+        return back
 
     return transpose
 
