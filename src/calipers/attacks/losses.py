@@ -54,7 +54,10 @@ def output_gradient(loss: Loss, y: Tensor, spec: Spec) -> Tensor:
 
 def _cross_entropy_gradient(y: Tensor, label: Tensor) -> Tensor:
     """The label's entry is minus the sum of the others: probability − 1 is 0 in float32 from margins of 17 on."""
-    others = torch.softmax(y, 1).scatter_(1, label, 0.0)
+    weights = (
+        y - y.amax(1, keepdim=True)
+    ).exp_()  # for a few classes far quicker than torch.softmax
+    others = weights.div_(weights.sum(1, keepdim=True)).scatter_(1, label, 0.0)
     return others.scatter_(1, label, -others.sum(1, keepdim=True))
 
 
