@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -495,3 +496,23 @@ def test_values_after_a_refined_one() -> None:
                 assert (value >= tight[name].lower - 1e-12).all(), (seed, name)
                 assert (value <= tight[name].upper + 1e-12).all(), (seed, name)
     assert narrowed >= 10
+
+
+def test_rigorous_float32_refuses_reduced_precision_products() -> None:
+    network = ARCHITECTURES["mlp"](3)
+    region = ThreatModel(math.inf, 0.1).around(torch.rand(2, *network.input_shape))
+    spec = Spec.label(torch.zeros(2, dtype=torch.int64), network.num_classes)
+    bound = partial(crown, network, region, spec, rigorous=True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(ValueError, match=r"mkldnn\.matmul\.fp32_precision=bf16"):
+            bound(dtype=torch.float32)
+        bound(dtype=torch.float64)  # has no such mode
+    finally:
+        torch.set_float32_matmul_precision(before)
+    bound(dtype=torch.float32)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast"):
+        bound(dtype=torch.float64)
+    with pytest.raises(ValueError, match="bfloat16 on cpu has no error bound"):
+        bound(dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ boxes.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -183,6 +184,8 @@ def start(
     working = dtype or network.dtype
     env = bind(graph, network.module, dtype=working, statistics=statistics)
     _require_eval(env)
+    if rigorous:
+        require_ieee(working, region.center.device)
     frame = region.frame(working)
     state = State(network, region, env, frame, rigorous, memory or DEFAULT_MEMORY)
     state.boxes[graph.inputs[0]] = frame.hull
@@ -200,6 +203,36 @@ def _center(frame: Frame) -> Tensor:
         return frame.origin
     center = (frame.hull.lower + frame.hull.upper) * 0.5
     return torch.where(torch.isfinite(center), center, frame.origin)
+
+
+PRECISION = tuple(
+    f"{part}fp32_precision" for part in ("", "mkldnn.", "mkldnn.matmul.", "mkldnn.conv.")
+)
+FAST = ("tf32", "bf16")  # products that are not what their dtype says
+
+
+def require_ieee(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse settings under which sums of products round more than their dtype promises.
+
+    Raises:
+        ValueError: autocast is on; or float32 with reduced-precision products allowed, or away from the CPU, where
+            libraries may use transforms (Winograd) with other error bounds. Float64 has none of these.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError("rigorous: autocast is on; leave it before computing bounds for a verdict")
+    if dtype.itemsize >= 8:
+        return
+    if dtype != torch.float32 or device.type != "cpu":
+        raise ValueError(
+            f"rigorous: {dtype} on {device.type} has no error bound; use dtype=torch.float64"
+        )
+    read = {name: operator.attrgetter(name)(torch.backends) for name in PRECISION}
+    fast = [f"torch.backends.{name}={value}" for name, value in read.items() if value in FAST]
+    if fast:
+        raise ValueError(
+            f"rigorous: {', '.join(fast)} lets float32 products round to fewer bits; "
+            "set it to 'ieee' or use dtype=torch.float64"
+        )
 
 
 def _require_eval(env: Mapping[str, Any]) -> None:
