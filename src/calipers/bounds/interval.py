@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.state import State, absolute_number
-from calipers.graph.graph import Node, Ref, resolve
+from calipers.graph.graph import Node, Ref
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval
 
@@ -55,7 +55,9 @@ def propagate(
 
 
 def _visit(state: State, node: Node) -> None:
-    args = [_lookup(state, a) for a in node.args]
+    args = list(node.args)
+    for i in node.slots:
+        args[i] = _lookup(state, args[i])
     kwargs = {k: _lookup(state, v) for k, v in node.kwargs.items()} if node.kwargs else {}
     kind = state.kind(node)
     if isinstance(kind, Affine):
@@ -77,7 +79,15 @@ def _lookup(state: State, value: Any) -> Any:
 
 def _each(args: Sequence[Any], f: Callable[[Interval], Tensor]) -> list[Any]:
     """``args`` with ``f`` of each interval, also inside lists."""
-    return [f(a) if type(a) is Interval else _each(a, f) if type(a) is list else a for a in args]
+
+    def visit(item: Any) -> Any:
+        if type(item) is Interval:
+            return f(item)
+        if type(item) is list and any(type(i) is Interval for i in item):
+            return [visit(i) for i in item]
+        return item
+
+    return [visit(a) for a in args]
 
 
 def _affine(
@@ -86,7 +96,7 @@ def _affine(
     """The box, and the reference: exactly the op of its operands' references."""
     op = node.op
     active = [name for name in node.operands if name in state.network.graph.active]
-    references = [resolve(a, state.env) for a in node.args]
+    references = node.fill(state.env)
     reference = op(*references, **kwargs)
     terms = kind.terms(*references, **kwargs) if state.rigorous else 0
     if not state.off_centre.isdisjoint(active):  # nor will what follows be centred on its reference

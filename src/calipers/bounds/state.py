@@ -84,8 +84,8 @@ class State:
 
     def arguments(self, node: Node) -> tuple[list[Any], Mapping[str, Any]]:
         """The node's arguments at the reference trace."""
-        args = [resolve(a, self.env) for a in node.args]
-        return args, {k: resolve(v, self.env) for k, v in node.kwargs.items()}
+        kwargs = {k: resolve(v, self.env) for k, v in node.kwargs.items()} if node.kwargs else {}
+        return node.fill(self.env), kwargs
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The per-example shape of a value."""

@@ -57,6 +57,18 @@ class Node:
         """Names of all values it reads, in order; one read twice stands twice."""
         return tuple(_refs((self.args, tuple(self.kwargs.values()))))
 
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """Which of ``args`` hold values of the graph; the others are plain."""
+        return tuple(i for i, a in enumerate(self.args) if next(iter(_refs(a)), None) is not None)
+
+    def fill(self, env: Mapping[str, Any]) -> list[Any]:
+        """``args`` with every `Ref` replaced by what ``env`` holds for it."""
+        args = list(self.args)
+        for i in self.slots:
+            args[i] = resolve(args[i], env)
+        return args
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -136,7 +148,7 @@ def walk(graph: Graph, env: dict[str, T], rule: Rule[T], *, free: bool = False) 
     """
     dead = graph.last_use if free else {}
     for node in graph.nodes:
-        args = [resolve(a, env) for a in node.args]
+        args = node.fill(env)
         kwargs = (
             {k: resolve(v, env) for k, v in node.kwargs.items()} if node.kwargs else node.kwargs
         )
@@ -191,7 +203,9 @@ def bind(
 
 
 def _cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    if dtype is None or value.dtype == dtype or not value.is_floating_point():
+        return value
+    return value.to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
