@@ -106,12 +106,15 @@ class Spec:
 
     def margin(self, values: Tensor) -> Tensor:
         """min over clauses of max within: (..., M) to (...). NaN stays NaN."""
-        if not self.simple:
-            count = int(self.clause.max()) + 1
-            start = values.new_full((*values.shape[:-1], count), -math.inf)
-            index = self.clause.expand_as(values)
-            values = start.scatter_reduce(-1, index, values, "amax")
-        return values.amin(-1)
+        return self.clauses(values).amin(-1)
+
+    def clauses(self, values: Tensor) -> Tensor:
+        """The value of each clause, the maximum within: (..., M) to (..., clauses)."""
+        if self.simple:
+            return values
+        count = int(self.clause.max()) + 1
+        start = values.new_full((*values.shape[:-1], count), -math.inf)
+        return start.scatter_reduce(-1, self.clause.expand_as(values), values, "amax")
 
     def margin_at(self, y: Tensor) -> Tensor:
         """The margin of outputs ``y`` (B, K): (B,)."""

@@ -27,16 +27,7 @@ def margin_loss(values: Tensor, spec: Spec) -> Tensor:
 def cross_entropy(values: Tensor, spec: Spec) -> Tensor:
     """log(1 + Σ exp(−value)) over clauses: for labels exactly logsumexp(y) − y_label."""
     # softplus is linear beyond its threshold; at torch's 20 that would cost float64 half of its digits
-    return F.softplus(torch.logsumexp(-_clauses(values, spec), -1), threshold=40.0)
-
-
-def _clauses(values: Tensor, spec: Spec) -> Tensor:
-    """The value of each clause (its maximum)."""
-    if spec.simple:
-        return values
-    count = int(spec.clause.max()) + 1
-    start = values.new_full((*values.shape[:-1], count), -torch.inf)
-    return start.scatter_reduce(-1, spec.clause.expand_as(values), values, "amax")
+    return F.softplus(torch.logsumexp(-spec.clauses(values), -1), threshold=40.0)
 
 
 LOSSES: dict[str, Loss] = {"margin": margin_loss, "cross_entropy": cross_entropy}

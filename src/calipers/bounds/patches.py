@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Graph, Node, Ref
-from calipers.ops.affine import pull_back
+from calipers.ops.affine import batch_norm_scale, pull_back
 
 Shape = tuple[int, ...]
 
@@ -108,9 +108,7 @@ def through_affine(node: Node, rows: Patch, shape: Shape, args: list[Any]) -> Pa
         return -rows
     if node.op is prim.batch_norm:
         weight, var, eps = args[1], args[4], args[6]
-        scale = (var + eps).rsqrt()
-        scale = scale if weight is None else scale * weight
-        return rows.moved(rows.data * scale.reshape(-1, 1, 1))
+        return rows.moved(rows.data * batch_norm_scale(weight, var, eps, rows.data[0]))
     return None
 
 

@@ -6,7 +6,6 @@ replaces it: ``(op, args)`` or ``(op, args, kwargs)``; several nodes are made th
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -381,7 +380,3 @@ def splits(call: Call, sizes: Sequence[int], dim: int) -> list[tuple[Any, ...]]:
         raise CaptureError("splitting dimension 0 cuts the batch; split features only")
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [(call.args[0], dim, s, s + n, 1) for s, n in zip(starts, sizes, strict=True)]
-
-
-def size(shape: Sequence[int]) -> int:
-    return math.prod(shape)

@@ -180,7 +180,7 @@ def _div_transpose(A: Tensor, _i: int, shape: Shape, _x: Any, y: Any) -> Tensor:
     return _sum_to(A / y, shape)
 
 
-def _batch_norm_scale(w: Any, var: Tensor, eps: float, like: Tensor) -> Tensor:
+def batch_norm_scale(w: Any, var: Tensor, eps: float, like: Tensor) -> Tensor:
     scale = (var + eps).rsqrt()
     scale = scale if w is None else scale * w
     return scale.reshape(-1, *[1] * (like.ndim - 2))
@@ -189,7 +189,7 @@ def _batch_norm_scale(w: Any, var: Tensor, eps: float, like: Tensor) -> Tensor:
 def _batch_norm_magnitude(
     scale: float, x: Tensor, w: Any, b: Any, mean: Tensor, var: Tensor, _training: bool, eps: float
 ) -> Tensor:
-    factor = _batch_norm_scale(w, var, eps, x).abs()
+    factor = batch_norm_scale(w, var, eps, x).abs()
     if not scale:
         return x * factor
     shift = mean.abs().reshape(-1, *[1] * (x.ndim - 2)) * factor
@@ -210,7 +210,7 @@ def _batch_norm_transpose(
     _t: bool,
     eps: float,
 ) -> Tensor:
-    return A * _batch_norm_scale(w, var, eps, A)
+    return A * batch_norm_scale(w, var, eps, A)
 
 
 # -- movers ---------------------------------------------------------------------------------------------
