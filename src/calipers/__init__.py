@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from calipers.api import attack as attack
     from calipers.api import bound as bound
     from calipers.attacks import ATTACKS as ATTACKS
+    from calipers.attacks import apgd as apgd
+    from calipers.attacks import auto as auto
     from calipers.attacks import fgsm as fgsm
     from calipers.attacks import pgd as pgd
+    from calipers.attacks import search as search
     from calipers.attacks import targeted as targeted
     from calipers.bounds import BOUNDS as BOUNDS
     from calipers.bounds import crown as crown
@@ -39,8 +42,11 @@ _WHERE = {
     "attack": "calipers.api",
     "bound": "calipers.api",
     "ATTACKS": "calipers.attacks",
+    "apgd": "calipers.attacks",
+    "auto": "calipers.attacks",
     "fgsm": "calipers.attacks",
     "pgd": "calipers.attacks",
+    "search": "calipers.attacks",
     "targeted": "calipers.attacks",
     "BOUNDS": "calipers.bounds",
     "crown": "calipers.bounds",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from calipers.attacks import pgd
+from calipers.attacks import auto
 from calipers.bounds import crown
 from calipers.bracket import require_eval
 from calipers.errors import DataError
@@ -17,8 +16,6 @@ from calipers.seeds import seeds as seeds_of
 from calipers.sets import ThreatModel
 from calipers.spec import Spec
 
-AUTO = partial(pgd, steps=40, step_size=0.1, restarts=5, loss="margin", drop=True)
-
 
 def attack(
     model: Callable[[Tensor], Tensor],
@@ -26,7 +23,7 @@ def attack(
     y: Tensor,
     threat: ThreatModel,
     *,
-    method: Callable[..., Tensor] = AUTO,
+    method: Callable[..., Tensor] = auto,
     seed: int = 0,
 ) -> Tensor:
     """For every example the point of lowest margin that ``method`` found: (B, *x), in the dtype of ``x``.

@@ -18,5 +18,14 @@ def seeds(x: Tensor, run_seed: int, method: str, restart: int = 0) -> Tensor:
     )
 
 
+def mixed(seeds: Tensor, number: int | Tensor) -> Tensor:
+    """New seeds from ``seeds`` (B,) for the purpose ``number`` (one, or one each): the finaliser of splitmix64."""
+    step = torch.as_tensor(number, dtype=torch.int64, device=seeds.device) + 1
+    z = seeds + step * -7046029254386353131  # the golden ratio in 64 bits; products wrap around
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (z ^ ((z >> 31) & ((1 << 33) - 1))) & ((1 << 63) - 1)
+
+
 def _digest(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

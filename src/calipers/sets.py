@@ -346,12 +346,12 @@ class Region:
     ) -> Tensor:
         """project(x + length·steepest(g)), or project(x + length·g) if ``plain``: one step of an attack.
 
-        ``x`` may be overwritten: on small networks a step costs as much as its memory traffic.
+        ``g`` may be overwritten: on small networks a step costs as much as its memory traffic.
         """
-        direction = g if plain else self.steepest(g)
+        direction = g if plain else g.sign_() if self.p == math.inf else self.steepest(g)
         if isinstance(length, Tensor):
             direction, length = length * direction, 1.0
-        x = x.add_(direction, alpha=length)
+        x = torch.add(x, direction, alpha=length)
         if self.p == math.inf:
             low, high = self.inner(x.dtype)
             return x.clamp_(low, high)

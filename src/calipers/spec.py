@@ -100,9 +100,14 @@ class Spec:
         return torch.baddbmm(d.unsqueeze(-1), C, y.unsqueeze(-1)).squeeze(-1)
 
     @cached_property
+    def count(self) -> int:
+        """The number of clauses."""
+        return int(self.clause.max()) + 1
+
+    @cached_property
     def simple(self) -> bool:
         """Whether each clause has one functional."""
-        return int(self.clause.max()) + 1 == len(self.clause)
+        return self.count == len(self.clause)
 
     def margin(self, values: Tensor) -> Tensor:
         """min over clauses of max within: (..., M) to (...). NaN stays NaN."""
@@ -112,8 +117,7 @@ class Spec:
         """The value of each clause, the maximum within: (..., M) to (..., clauses)."""
         if self.simple:
             return values
-        count = int(self.clause.max()) + 1
-        start = values.new_full((*values.shape[:-1], count), -math.inf)
+        start = values.new_full((*values.shape[:-1], self.count), -math.inf)
         return start.scatter_reduce(-1, self.clause.expand_as(values), values, "amax")
 
     def margin_at(self, y: Tensor) -> Tensor:
@@ -129,8 +133,7 @@ class Spec:
         values = self.values(y)
         fails = torch.where(self.strict, values <= 0, values < 0).to(torch.int8)
         if not self.simple:
-            count = int(self.clause.max()) + 1
-            ones = fails.new_ones((len(fails), count))
+            ones = fails.new_ones((len(fails), self.count))
             fails = ones.scatter_reduce(-1, self.clause.expand_as(values), fails, "amin")
         return fails.amax(-1).bool() & torch.isfinite(y).all(-1)
 

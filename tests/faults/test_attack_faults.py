@@ -13,18 +13,19 @@ import attack_checks as checks
 from attack_checks import INF
 from calipers import Region, Spec, fgsm, pgd
 from calipers.attacks import gradient
-from calipers.attacks.gradient import _Best
+from calipers.attacks.losses import Loss
+from calipers.attacks.search import Look, Model, Record
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-TRUE_GRADIENT = gradient._gradient
+TRUE_LOOK = gradient.look
 
 
 def sign_flipped(patch: pytest.MonkeyPatch) -> None:
-    def flipped(*args: object) -> tuple[Tensor, Tensor]:
-        g, margin = TRUE_GRADIENT(*args)  # type: ignore[arg-type]
-        return -g, margin
+    def flipped(*args: object) -> Look:
+        seen = TRUE_LOOK(*args)  # type: ignore[arg-type]
+        return seen._replace(gradient=-seen.gradient)
 
-    patch.setattr(gradient, "_gradient", flipped)
+    patch.setattr(gradient, "look", flipped)
 
 
 def projection_skipped(patch: pytest.MonkeyPatch) -> None:
@@ -56,22 +57,23 @@ def box_forgotten(patch: pytest.MonkeyPatch) -> None:
 def averaged_loss(patch: pytest.MonkeyPatch) -> None:
     """The mean over the batch instead of the sum: plain steps shrink with the batch."""
 
-    def averaged(model: object, objective: object, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-        g, margin = TRUE_GRADIENT(model, objective, spec, x)  # type: ignore[arg-type]
-        return g / len(x), margin
+    def averaged(model: Model, objective: Loss, spec: Spec, x: Tensor) -> Look:
+        seen = TRUE_LOOK(model, objective, spec, x)
+        return seen._replace(gradient=seen.gradient / len(x))
 
-    patch.setattr(gradient, "_gradient", averaged)
+    patch.setattr(gradient, "look", averaged)
 
 
 def last_kept(patch: pytest.MonkeyPatch) -> None:
     def update(
-        self: _Best, rows: Tensor | None, points: Tensor, margin: Tensor, drop: bool
+        self: Record, owner: Tensor | None, points: Tensor, margin: Tensor, *, first: bool
     ) -> None:
-        chosen = torch.arange(len(self.margin)) if rows is None else rows
+        del first
+        chosen = torch.arange(len(self.margin)) if owner is None else owner
         self.points = self.points.index_copy(0, chosen, points)
         self.margin = self.margin.index_copy(0, chosen, margin)
 
-    patch.setattr(_Best, "update", update)
+    patch.setattr(Record, "update", update)
 
 
 def one_seed_for_all(patch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from calipers.attacks.apgd import apgd as apgd
+from calipers.attacks.cascade import LEVELS as LEVELS
+from calipers.attacks.cascade import Found as Found
+from calipers.attacks.cascade import auto as auto
+from calipers.attacks.cascade import search as search
 from calipers.attacks.gradient import Targeted as Targeted
 from calipers.attacks.gradient import fgsm as fgsm
 from calipers.attacks.gradient import pgd as pgd
 from calipers.attacks.gradient import targeted as targeted
 from calipers.attacks.losses import LOSSES as LOSSES
 
-ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd}
+ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "auto": auto}

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calipers.attacks.losses import Loss, loss_named, output_gradient
+from calipers.attacks.losses import Loss, suited
+from calipers.attacks.search import Model, Record, Rows, look, required
 from calipers.errors import unknown_name
 from calipers.sets import Region
 from calipers.spec import Spec
-
-Model = Callable[[Tensor], Tensor]
 
 
 def fgsm(
@@ -39,8 +38,7 @@ def fgsm(
     """
     del seeds  # nothing is random
     x = region.project(region.center.to(dtype))
-    gradient, _ = _gradient(model, loss_named(loss), spec, x)
-    return region.maximizer(gradient)
+    return region.maximizer(look(model, suited(loss, spec), spec, x).gradient)
 
 
 def pgd(
@@ -84,106 +82,53 @@ def pgd(
         raise ValueError(f"step_size: {step_size} must be positive")
     if direction not in ("steepest", "gradient"):
         raise unknown_name("direction", direction, ("steepest", "gradient"))
-    if seeds is None:
-        if random_start or restarts > 1:
-            raise ValueError(
-                "seeds: random starts need one seed per example (calipers.seeds.seeds)"
-            )
-        seeds = torch.zeros(len(region), dtype=torch.int64)
-    objective = loss_named(loss)
-    best = _Best.at(region.project(region.center.to(dtype)))
+    seeds = required(seeds, len(region), random=random_start or restarts > 1)
+    objective = suited(loss, spec)
+    best = Record.at(region.project(region.center.to(dtype)))
+    plain = direction == "gradient"
+    length = step_size if plain else _length(region, step_size, dtype)
     for restart in range(restarts):
-        alive = _alive(best) if drop and restart else None
-        if alive is not None and not len(alive):
-            break
-        _ascend(
-            model,
-            region if alive is None else region[alive],
-            spec if alive is None else spec[alive],
-            objective,
-            best,
-            alive,
-            start=seeds + restart if random_start or restart else None,
-            steps=steps,
-            step_size=step_size,
-            plain=direction == "gradient",
-            drop=drop,
-        )
+        x = best.points if not restart else region.project(region.center.to(dtype))
+        if random_start or restart:
+            x = region.sample(seeds + restart, dtype)
+        rows = _Rows(None, region, spec, x, length)
+        if drop and restart:
+            alive = best.alive()
+            if not len(alive):
+                break
+            rows.keep(alive)
+        _ascend(model, rows, objective, best, steps=steps, plain=plain, drop=drop)
     return best.points
 
 
 @dataclass
-class _Best:
-    """The best point of each example so far; lower margins win, NaN never does.
-
-    With ``drop`` the first point that breaks an example stays: others decide when its row leaves the batch, so that
-    what came later would depend on them.
-    """
-
-    points: Tensor
-    margin: Tensor
-
-    @classmethod
-    def at(cls, points: Tensor) -> _Best:
-        return cls(points.clone(), points.new_full((len(points),), torch.inf))
-
-    def update(self, rows: Tensor | None, points: Tensor, margin: Tensor, drop: bool) -> None:
-        known = self.margin if rows is None else self.margin[rows]
-        better = margin < known
-        if drop:
-            better &= known > 0
-        chosen = torch.nonzero(better).flatten()
-        if not len(chosen):
-            return
-        if len(chosen) < len(points):
-            points, margin = points.index_select(0, chosen), margin.index_select(0, chosen)
-        target = chosen if rows is None else rows[chosen]
-        self.points.index_copy_(0, target, points)
-        self.margin.index_copy_(0, target, margin)
-
-
-def _alive(best: _Best) -> Tensor:
-    return torch.nonzero(~(best.margin <= 0)).flatten()
+class _Rows(Rows):
+    region: Region
+    spec: Spec
+    x: Tensor
+    length: float | Tensor
 
 
 def _ascend(
     model: Model,
-    region: Region,
-    spec: Spec,
+    rows: _Rows,
     objective: Loss,
-    best: _Best,
-    rows: Tensor | None,
+    best: Record,
     *,
-    start: Tensor | None,
     steps: int,
-    step_size: float,
     plain: bool,
     drop: bool,
 ) -> None:
-    """One run over the examples ``rows`` (None: all); the working set shrinks as they are broken."""
-    dtype = best.points.dtype
-    if start is None:
-        x = region.project(region.center.to(dtype))
-    else:
-        x = region.sample(start if rows is None else start[rows.cpu()], dtype)
-    length = step_size if plain else _length(region, step_size, dtype)
+    """One run; with ``drop`` the working set shrinks as examples are broken."""
     for _ in range(steps):
-        gradient, margin = _gradient(model, objective, spec, x)
-        best.update(rows, x, margin, drop)
-        if drop:
-            keep = ~(margin <= 0)
-            left = int(keep.sum())
-            if not left:
-                return
-            if left <= 0.9 * len(x):  # re-indexing costs a copy, so not for every single one
-                index = torch.nonzero(keep).flatten()
-                rows = index if rows is None else rows[index]
-                region, spec, x, gradient = region[index], spec[index], x[index], gradient[index]
-                length = length[index] if isinstance(length, Tensor) else length
-        gradient = gradient if plain else _unblocked(region, x, gradient)
-        x = region.ascend(x, gradient, length, plain=plain)
+        gradient, margin, _ = look(model, objective, rows.spec, rows.x)
+        best.update(rows.owner, rows.x, margin, first=drop)
+        direction = gradient if plain else _unblocked(rows.region, rows.x, gradient)
+        rows.x = rows.region.ascend(rows.x, direction, rows.length, plain=plain)
+        if drop and not rows.shrink(best, margin):
+            return
     with torch.no_grad():
-        best.update(rows, x, spec.margin_at(model(x)), drop)
+        best.update(rows.owner, rows.x, rows.spec.margin_at(model(rows.x)), first=drop)
 
 
 def _unblocked(region: Region, x: Tensor, gradient: Tensor) -> Tensor:
@@ -204,20 +149,6 @@ def _length(region: Region, step_size: float, dtype: torch.dtype) -> float | Ten
     if bool((flat == flat[0]).all()):
         return step_size * float(flat[0])
     return (step_size * unit).to(dtype)
-
-
-def _gradient(model: Model, objective: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The input gradient of each example's loss, and its margin.
-
-    The loss is differentiated on the logits alone, so that the network's backward pass is the whole cost.
-    """
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        logits = model(point)
-    outputs = logits.detach()
-    toward = output_gradient(objective, outputs, spec)
-    (gradient,) = torch.autograd.grad(logits, point, toward)
-    return gradient, spec.margin_at(outputs)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What an attack maximises: a function of the specification's values, one number per example.
 
-All are exact for labels (values y_label − y_j) and well defined for any conjunction of clauses. Sums over a batch
+All are exact for labels (values y_label − y_j) and well defined for any conjunction of clauses. Each looks at all
+clauses, or drives towards breaking one of them, the *target* (for labels: towards one rival). Sums over a batch
 of them have per-example gradients, so that nothing depends on the batch size.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,52 +18,134 @@ from torch import Tensor
 from calipers.errors import unknown_name
 from calipers.spec import Spec
 
-Loss = Callable[[Tensor, Spec], Tensor]
+Loss = Callable[..., Tensor]  # (values, spec) or (values, spec, target) -> (B,)
+logger = logging.getLogger(__name__)
 
 
-def margin_loss(values: Tensor, spec: Spec) -> Tensor:
+def margin_loss(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tensor:
     """−margin: positive exactly where the specification fails. Its gradient does not depend on the scale of
     the loss, and it may be negative, so a search for its maximum must start at −inf."""
-    return -spec.margin(values)
+    clauses = spec.clauses(values)
+    return -(clauses.amin(-1) if target is None else _at(clauses, target))
 
 
-def cross_entropy(values: Tensor, spec: Spec) -> Tensor:
-    """log(1 + Σ exp(−value)) over clauses: for labels exactly logsumexp(y) − y_label."""
+def cross_entropy(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tensor:
+    """log(1 + Σ exp(−value)) over clauses: for labels exactly logsumexp(y) − y_label; with a target the log
+    probability of that class, y_target − logsumexp(y)."""
+    clauses = spec.clauses(values)
     # softplus is linear beyond its threshold; at torch's 20 that would cost float64 half of its digits
-    return F.softplus(torch.logsumexp(-spec.clauses(values), -1), threshold=40.0)
+    loss = F.softplus(torch.logsumexp(-clauses, -1), threshold=40.0)
+    return loss if target is None else -_at(clauses, target) - loss
 
 
-LOSSES: dict[str, Loss] = {"margin": margin_loss, "cross_entropy": cross_entropy}
+def dlr(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tensor:
+    """The difference of logits ratio: −margin over the spread of the largest logits, the same at any scale.
+
+    With z the logits in falling order, −margin / (z1 − z3), or −value_target / (z1 − (z3 + z4) / 2). It needs three
+    classes, with a target four; `suited` falls back to the margin below that. Where the spread is 0 so is the gradient.
+
+    Reference: Croce and Hein 2020, eq. 6 and 7.
+    """
+    clauses = spec.clauses(values)
+    logits = F.pad(-clauses, (1, 0))  # relative to the label's
+    z = logits.topk(3 if target is None else 4, -1).values
+    spread = z[..., 0] - (z[..., 2] if target is None else (z[..., 2] + z[..., 3]) / 2)
+    gap = clauses.amin(-1) if target is None else _at(clauses, target)
+    return -gap / spread.clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _at(clauses: Tensor, target: Tensor) -> Tensor:
+    return clauses.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+
+LOSSES: dict[str, Loss] = {"margin": margin_loss, "cross_entropy": cross_entropy, "dlr": dlr}
+
+# Losses that are defined from so many clauses on: without and with a target.
+FEWEST: dict[Loss, tuple[int, int]] = {dlr: (2, 3)}
+
+
+def suited(loss: str | Loss, spec: Spec, *, targeted: bool = False) -> Loss:
+    """The loss itself, or the margin where it is not defined for so few clauses, which is logged.
+
+    Raises:
+        ValueError: unknown name; the nearest one is suggested.
+    """
+    named = loss_named(loss)
+    fewest = FEWEST.get(named, (1, 1))[targeted]
+    if spec.count >= fewest:
+        return named
+    logger.warning(
+        "loss %s needs %d classes%s, the specification has %d: the margin is used instead",
+        getattr(named, "__name__", named), fewest + 1, " with a target" if targeted else "", spec.count + 1,
+    )  # fmt: skip
+    return margin_loss
+
+
+class Reading(NamedTuple):
+    """What outputs say: the loss's derivative with respect to them (B, K), the margin and the loss (B,)."""
+
+    toward: Tensor
+    margin: Tensor
+    loss: Callable[[], Tensor]  # not every attack asks
+
+
+def read(loss: Loss, y: Tensor, spec: Spec, target: Tensor | None = None) -> Reading:
+    """Output gradient, margin and loss of outputs ``y`` (B, K); closed forms where they are known.
+
+    Between two passes of a network every small call costs several microseconds, so there are few.
+    """
+    if spec.of_label is not None and loss in _OF_LABEL:
+        label = spec.of_label.unsqueeze(1)
+        if target is not None:
+            target = target.unsqueeze(1)
+            target = target + (target >= label)  # the clause's class
+        return _OF_LABEL[loss](y, label, target)
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        values = spec.values(leaf)
+        each = loss(values, spec) if target is None else loss(values, spec, target)
+        (toward,) = torch.autograd.grad(each.sum(), leaf)
+    return Reading(toward, spec.margin(values.detach()), each.detach)
 
 
 def output_gradient(loss: Loss, y: Tensor, spec: Spec) -> Tensor:
-    """The derivative of each example's loss with respect to its outputs ``y``, (B, K); a closed form for labels."""
-    if spec.of_label is not None and loss in _OF_LABEL:
-        return _OF_LABEL[loss](y, spec.of_label.unsqueeze(1))
-    with torch.enable_grad():
-        leaf = y.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(spec.values(leaf), spec).sum(), leaf)
-    return gradient
+    """The derivative of each example's loss with respect to its outputs ``y``, (B, K)."""
+    return read(loss, y, spec).toward
 
 
-def _cross_entropy_gradient(y: Tensor, label: Tensor) -> Tensor:
+def _cross_entropy(y: Tensor, label: Tensor, target: Tensor | None) -> Reading:
     """The label's entry is minus the sum of the others: probability − 1 is 0 in float32 from margins of 17 on."""
-    weights = (
-        y - y.amax(1, keepdim=True)
-    ).exp_()  # for a few classes far quicker than torch.softmax
-    others = weights.div_(weights.sum(1, keepdim=True)).scatter_(1, label, 0.0)
-    return others.scatter_(1, label, -others.sum(1, keepdim=True))
+    rivals = y.scatter(1, label, -torch.inf)
+    own = y.gather(1, label)
+    toward = torch.softmax(y, 1)
+    if target is None:
+        toward.scatter_(1, label, 0.0)
+        toward.scatter_(1, label, -toward.sum(1, keepdim=True))
+    else:
+        toward.neg_().scatter_(1, target, 0.0)
+        toward.scatter_(1, target, -toward.sum(1, keepdim=True))
+
+    def value() -> Tensor:
+        loss = F.softplus(torch.logsumexp(rivals, 1, keepdim=True) - own, threshold=40.0)
+        return (loss if target is None else y.gather(1, target) - own - loss).squeeze(1)
+
+    return Reading(toward, (own - rivals.amax(1, keepdim=True)).squeeze(1), value)
 
 
-def _margin_gradient(y: Tensor, label: Tensor) -> Tensor:
-    rival = y.scatter(1, label, -torch.inf).argmax(1, keepdim=True)
-    one = y.new_ones((1, 1)).expand_as(label)
-    return torch.zeros_like(y).scatter_(1, rival, one).scatter_(1, label, -one)
+def _margin(y: Tensor, label: Tensor, target: Tensor | None) -> Reading:
+    top, rival = y.scatter(1, label, -torch.inf).max(1, keepdim=True)
+    own = y.gather(1, label)
+    margin = (own - top).squeeze(1)
+    toward = torch.zeros_like(y).scatter_(1, rival if target is None else target, 1.0)
+    toward.scatter_(1, label, -1.0)
+    if target is None:
+        return Reading(toward, margin, lambda: -margin)
+    return Reading(toward, margin, lambda: (y.gather(1, target) - own).squeeze(1))
 
 
-_OF_LABEL: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
-    cross_entropy: _cross_entropy_gradient,
-    margin_loss: _margin_gradient,
+_OF_LABEL: dict[Loss, Callable[[Tensor, Tensor, Tensor | None], Reading]] = {
+    cross_entropy: _cross_entropy,
+    margin_loss: _margin,
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from calipers.attacks import fgsm, pgd
+from calipers.attacks import auto, fgsm, pgd
 from calipers.bounds import crown, crown_ibp, interval
 from calipers.errors import unknown_name
 from calipers.graph.graph import Network
@@ -76,13 +76,12 @@ def clean(
 
 
 def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
-    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN, PGD-100 with 5 restarts, by rising cost for ``network``.
+    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN and the attack cascade, by rising cost for ``network``.
 
     CROWN pulls back two rows per neuron, so on a large network it comes last, and works in float32, where it takes half
     the time and memory and the rounding that it subtracts is still small beside the margins.
     """
     search = partial(pgd, loss="margin", drop=True)
-    strong = partial(search, steps=100, restarts=5, step_size=0.05)
     rows = 0 if network is None else 2 * neurons(network)
     stages = (
         Stage("clean", "attack", clean, 1),
@@ -97,7 +96,7 @@ def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
             max(rows, 100),
             torch.float32 if rows > LARGE else torch.float64,
         ),
-        Stage("pgd-100x5", "attack", strong, 1000),
+        Stage("auto", "attack", auto, 600),
     )
     return tuple(sorted(stages, key=lambda stage: stage.cost))
 

@@ -1,0 +1,177 @@
+"""What every gradient attack is made of: a look at the network, and a record of the best points.
+
+A *row* is one search: an example, perhaps one of several starts or targets of it. Rows of one example are its
+``owner``'s; the record has one entry per owner. The working set shrinks as examples are broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from calipers.attacks.losses import Loss, read
+from calipers.spec import Spec
+
+Model = Callable[[Tensor], Tensor]
+
+
+def required(seeds: Tensor | None, count: int, *, random: bool) -> Tensor:
+    """The seeds, or zeros where nothing is random.
+
+    Raises:
+        ValueError: there are none, or not one for each example.
+    """
+    if seeds is None:
+        if random:
+            raise ValueError(
+                "seeds: random starts need one seed per example (calipers.seeds.seeds)"
+            )
+        return torch.zeros(count, dtype=torch.int64)
+    if seeds.shape != (count,):
+        raise ValueError(
+            f"seeds: shape {tuple(seeds.shape)} is not one for each of {count} examples"
+        )
+    return seeds
+
+
+class Look(NamedTuple):
+    """The input gradient of each row's own loss (R, *x), its margin and that loss (R,)."""
+
+    gradient: Tensor
+    margin: Tensor
+    loss: Callable[[], Tensor]
+
+
+def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None = None) -> Look:
+    """One forward pass and one backward pass to the input.
+
+    The loss is differentiated on the logits alone, so that the network's backward pass is the whole cost; gradients
+    of parameters are neither computed nor touched.
+    """
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        logits = model(point)
+    toward, margin, value = read(loss, logits.detach(), spec, target)
+    (gradient,) = torch.autograd.grad(logits, point, toward)
+    return Look(gradient, margin, value)
+
+
+@dataclass
+class Record:
+    """The best point of each example so far; lower margins win, NaN never does.
+
+    With ``first`` the first point that breaks an example stays: others decide when its rows leave the batch, so that
+    what came later would depend on them.
+    """
+
+    points: Tensor
+    margin: Tensor
+    shared: bool = True  # with the search that handed the points over, so not to be written to
+    looks: Tensor | None = None  # (B,) counts the looks at each example, if given
+    judge: Callable[[Tensor, Tensor], Tensor] | None = (
+        None  # (examples, points) -> margins to believe
+    )
+
+    @classmethod
+    def at(cls, points: Tensor) -> Record:
+        """No margin known yet."""
+        return cls(points, points.new_full((len(points),), torch.inf))
+
+    def update(
+        self, owner: Tensor | None, points: Tensor, margin: Tensor, *, first: bool = False
+    ) -> None:
+        """Take over what is better. ``points`` must not be overwritten afterwards.
+
+        Args:
+            owner: (R,) in rising order, the example of each row; None: one row per example.
+        """
+        if self.looks is not None:
+            rows = torch.arange(len(margin), device=margin.device) if owner is None else owner
+            self.looks.index_add_(0, rows, torch.ones_like(rows, dtype=self.looks.dtype))
+        if self.judge is not None:
+            margin = self._judged(owner, points, margin)
+        known = self.margin if owner is None else self.margin[owner]
+        better = margin < known
+        if first:
+            better &= known > 0
+        if owner is None and bool(better.all()):  # the usual step of an attack: nothing is copied
+            self.points, self.margin, self.shared = points, margin, True
+            return
+        rows = torch.nonzero(better).flatten()
+        if not len(rows):
+            return
+        target = rows
+        if owner is not None:
+            rows = _lowest(rows, owner, margin, self.margin)
+            target = owner[rows]
+        if self.shared:
+            self.points, self.margin, self.shared = self.points.clone(), self.margin.clone(), False
+        self.points.index_copy_(0, target, points.index_select(0, rows))
+        self.margin.index_copy_(0, target, margin.index_select(0, rows))
+
+    def _judged(self, owner: Tensor | None, points: Tensor, margin: Tensor) -> Tensor:
+        """The margins of rows that look broken, by the judge: the search may run in a coarser precision."""
+        doubtful = torch.nonzero(margin <= 0).flatten()
+        if not len(doubtful) or self.judge is None:
+            return margin
+        with torch.no_grad():
+            believed = self.judge(doubtful if owner is None else owner[doubtful], points[doubtful])
+        return margin.index_copy(0, doubtful, believed)
+
+    def alive(self) -> Tensor:
+        """The examples that are not broken."""
+        return torch.nonzero(~(self.margin <= 0)).flatten()
+
+
+def _lowest(rows: Tensor, owner: Tensor, margin: Tensor, known: Tensor) -> Tensor:
+    """Of ``rows``, for each owner the first one of lowest margin."""
+    owners, values = owner[rows], margin[rows]
+    lowest = known.scatter_reduce(0, owners, values, "amin")
+    rows = rows[values == lowest[owners]]
+    owners = owner[rows]
+    fresh = torch.ones_like(owners, dtype=torch.bool)
+    fresh[1:] = owners[1:] != owners[:-1]
+    return rows[fresh]
+
+
+class _Indexed(Protocol):
+    def __getitem__(self, index: Tensor, /) -> Self: ...
+    def __len__(self) -> int: ...
+
+
+T = TypeVar("T", bound="Rows")
+
+
+@dataclass
+class Rows:
+    """The working set of a run: every field that has one entry per row is a tensor, a Region or a Spec.
+
+    Subclasses add their own state; `keep` cuts all of it.
+    """
+
+    owner: Tensor | None
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with these rows only."""
+        if self.owner is None:
+            self.owner = index
+        else:
+            self.owner = self.owner[index]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "owner" and hasattr(value, "__getitem__"):
+                setattr(self, f.name, value[index])
+
+    def shrink(self, record: Record, margin: Tensor) -> bool:
+        """Drop the rows whose example is broken; whether any is left."""
+        broken = margin <= 0
+        if self.owner is not None:
+            broken = record.margin[self.owner] <= 0
+        left = len(broken) - int(broken.sum())
+        if 0 < left < len(broken):
+            self.keep(torch.nonzero(~broken).flatten())
+        return left > 0
