@@ -21,7 +21,6 @@ from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
 from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, start
 from calipers.graph.graph import Network, Node
-from calipers.ops import facts
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -165,10 +164,9 @@ def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dty
 
 def _interval(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    graph = state.network.graph
-    known = facts(graph)
+    graph, known = state.network.graph, state.facts
     tail = known.tail
-    propagate(state, until=graph.output, keep=tail | known.heads | {graph.output})
+    propagate(state, until=graph.output, keep=known.kept)
     if not tail:
         return _from_box(state, C, d)
     low = lower_bounds(state, graph.output, C, [lambda v: v not in tail], last=False)
@@ -186,17 +184,18 @@ def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
 def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     """C·z + d at the reference output, less its rounding: (B, M)."""
     z: Tensor = state.env[state.network.graph.output]
-    value = (C * z).sum(-1) + d
+    rows, columns = C.transpose(0, 1), z.unsqueeze(-1)
+    value = torch.baddbmm(d.T.unsqueeze(-1), rows, columns)
     gamma = state.gamma(C.shape[-1] + 2)
     if gamma:
-        value = value - gamma * ((C.abs() * z.abs()).sum(-1) + d.abs())
-    return value.T
+        value = value - gamma * torch.baddbmm(d.T.abs().unsqueeze(-1), rows.abs(), columns.abs())
+    return value.squeeze(-1)
 
 
 def _crown_ibp(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
     propagate(state, until=state.network.graph.output)
-    tail = facts(state.network.graph).tail
+    tail = state.facts.tail
     if not tail:
         return torch.maximum(_functionals(state, C, d), _from_box(state, C, d))
     return _functionals(state, C, d, [lambda v: v not in tail])

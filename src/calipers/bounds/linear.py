@@ -19,8 +19,9 @@ from torch import Tensor
 
 from calipers.bounds import patches
 from calipers.bounds.patches import Patch
-from calipers.bounds.state import State, absolute_number, at, flat
+from calipers.bounds.state import State, absolute, at, flat
 from calipers.graph.graph import Node
+from calipers.ops import Step
 from calipers.ops.affine import AFFINE
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
@@ -74,7 +75,7 @@ class _Pull:
     def __init__(self, state: State, name: str) -> None:
         self.state, self.name = state, name
         self.rows: dict[str, Rows] = {}
-        self.bias: Tensor | float = 0.0
+        self.bias: Tensor | None = None
         self.elements = self.mirrored = False
 
     def elements_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,19 +103,20 @@ class _Pull:
 
     def walk(self, stop: Callable[[str], bool] | None = None) -> None:
         """Pull everything back to the input, or to values that ``stop`` accepts."""
-        graph = self.state.network.graph
-        for node in reversed(graph.nodes[: graph.position[self.name] + 1]):
-            if node.name in self.rows and not (stop and stop(node.name)):
-                self._step(node, self.rows.pop(node.name))
+        for step in reversed(self.state.facts.steps):
+            name = step.node.name
+            if name in self.rows and not (stop and stop(name)):
+                self._step(step, self.rows.pop(name))
 
     def total(self, sign: float = 1.0) -> Tensor:
         """The bound over what is left, concretised."""
         parts = [concretise(self.state, k, A if sign > 0 else -A) for k, A in self.rows.items()]
-        return sum(parts[1:], parts[0]) + self.bias
+        if isinstance(self.bias, Tensor):
+            parts.append(self.bias)
+        return sum(parts[1:], parts[0])
 
-    def _step(self, node: Node, A: Rows) -> None:
-        state = self.state
-        kind = state.kind(node)
+    def _step(self, step: Step, A: Rows) -> None:
+        state, node, kind = self.state, step.node, step.kind
         if isinstance(A, Patch) and not (
             isinstance(kind, (Affine, Activation)) and patches.worthwhile(A, node.shape)
         ):
@@ -123,16 +125,15 @@ class _Pull:
         if split:
             self._mirror()
         bias: Tensor | None
-        linear = _dense_linear_before(state, kind, node, A)
-        if linear is not None and isinstance(kind, Activation) and isinstance(A, Tensor):
+        if not isinstance(kind, Activation):
+            parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
+        elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, len(A))):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
-        elif isinstance(kind, Activation):
-            parts, bias = _activation(state, kind, node, A, split)
         else:
-            parts, bias = RULES[type(kind)](state, kind, node, _mirrored(A) if split else A)
+            parts, bias = _activation(state, kind, node, A, split)
         if bias is not None:
-            self.bias = self.bias + bias
+            self.bias = bias if self.bias is None else self.bias + bias
         for index, rows in parts.items():
             name = node.operands[index]
             known = self.rows.get(name)
@@ -196,15 +197,10 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
     return low - gamma * _dot(A.abs(), size) if gamma else low
 
 
-def _offsets(state: State, name: str) -> Interval:
-    """Where the value may lie, relative to its reference."""
-    box, z = state.boxes[name], state.env[name]
-    return Interval(box.lower - z, box.upper - z)
-
-
 def _deviation(state: State, name: str) -> Tensor:
-    low, high = _offsets(state, name)
-    return torch.maximum(-low, high)
+    """How far the value may lie from its reference."""
+    box, z = state.boxes[name], state.env[name]
+    return torch.maximum(z - box.lower, box.upper - z)
 
 
 def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
@@ -222,18 +218,17 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
 
 def _dot(A: Tensor, v: Tensor) -> Tensor:
     """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
-    rows, vector = flat(A, 2), flat(v)
-    if rows.shape[1] == 1:
-        return (rows[:, 0] @ vector[0]).unsqueeze(1)
-    return torch.matmul(rows.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T
+    rows = flat(A, 2).transpose(0, 1)
+    return torch.bmm(rows, flat(v).unsqueeze(-1)).squeeze(-1).T
 
 
 # -- affine -------------------------------------------------------------------------------------------------
 
 
-def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Tensor | None]:
+def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
+    node, active = step.node, step.perturbed
+    kind: Affine = step.kind  # type: ignore[assignment]
     args, kwargs = state.arguments(node)
-    active = [i for i, name in enumerate(node.operands) if name in state.network.graph.active]
     noise = _affine_noise(state, kind, node)
     bias: Tensor | None = None
     parts: Parts = {}
@@ -295,17 +290,10 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
         with torch.no_grad():
             if kind.magnitude is not None:
                 return gamma * kind.magnitude(1.0, *at(args, sizes), **kwargs)
-            absolute = [_absolute(a) for a in at(args, sizes)]
-            size: Tensor = node.op(*absolute, **kwargs)
+            size: Tensor = node.op(*absolute(at(args, sizes)), **kwargs)
             return gamma * size
 
     return state.once("noise", node.name, make)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(v) for v in value]
-    return value.abs() if isinstance(value, Tensor) else absolute_number(value)
 
 
 # -- activations --------------------------------------------------------------------------------------------
@@ -369,9 +357,9 @@ def _activation(
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
 
 
-def _dense_linear_before(state: State, kind: Kind, node: Node, A: Rows) -> Node | None:
+def _dense_linear_before(state: State, node: Node, rows: int) -> Node | None:
     """The linear layer that feeds an activation, where `_activation_and_linear` can take both steps."""
-    if not isinstance(kind, Activation) or isinstance(A, Patch) or state.batch > 1 or len(A) < MANY:
+    if state.batch > 1 or rows < MANY:
         return None
     before = state.network.graph.node.get(node.operands[0])
     if before is None or before.op is not F.linear or torch.is_grad_enabled():
@@ -419,11 +407,12 @@ def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
 # -- products and maxima -----------------------------------------------------------------------------------------
 
 
-def _bilinear(state: State, _kind: Bilinear, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+def _bilinear(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
     """McCormick: of the two planes on each side, the one that is clearly tighter at the reference.
 
     At the middle of the box they tie, and rounding must not decide.
     """
+    node = step.node
     (x, y), _ = state.arguments(node)
     out = state.env[node.name]
     xl, xu = state.boxes[node.operands[0]]
@@ -502,7 +491,9 @@ def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
     return _Windows(low_at, low_gap, high_at, slope, high_gap)
 
 
-def _extremum(state: State, kind: Extremum, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+def _extremum(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
+    node = step.node
+    kind: Extremum = step.kind  # type: ignore[assignment]
     w = state.once("windows", node.name, lambda s, _: _windows(s, kind, node))
     rows = flat(A, 2)
     plus, minus = rows.clamp_min(0), rows.clamp_max(0)

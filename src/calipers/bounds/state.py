@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from calipers.errors import UnsupportedOp
-from calipers.graph.graph import Network, Node, bind, resolve
-from calipers.ops import Kind, facts
+from calipers.graph.graph import Graph, Network, Node, bind, resolve
+from calipers.ops import Facts, Kind, facts
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
 
@@ -33,6 +33,7 @@ class State:
     """One bound computation over a batch of regions. ``boxes`` and ``cache`` fill as it goes.
 
     Args:
+        facts: what the op table says about the graph.
         env: parameters, constants and the reference, by value name.
         frame: the region in the working dtype.
         gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
@@ -41,11 +42,13 @@ class State:
 
     network: Network
     region: Region
+    facts: Facts
     env: dict[str, Any]
     frame: Frame
     rigorous: bool
     memory: int
     boxes: dict[str, Interval] = field(default_factory=dict)
+    widths: dict[str, Tensor] = field(default_factory=dict)  # of boxes, where they are at hand
     cache: dict[tuple[str, str], Any] = field(default_factory=dict)
     off_centre: set[str] = field(
         default_factory=set
@@ -77,7 +80,7 @@ class State:
         return 2 * product / (1 - product) if product < 0.5 else math.inf
 
     def kind(self, node: Node) -> Kind:
-        kind = facts(self.network.graph).kinds[node.name]
+        kind = self.facts.kinds[node.name]
         if kind is None:  # `start` has refused such graphs
             raise UnsupportedOp([describe(node)], REMEDY)
         return kind
@@ -115,8 +118,14 @@ class State:
     def change(self, name: str) -> None:
         """Note that a value's interval changes: what was derived from it no longer holds."""
         self.changed.add(name)
+        self.widths.pop(name, None)
         for key in [k for k in self.cache if k[1] in (name, "table")]:
             del self.cache[key]
+
+    def forget(self, name: str) -> None:
+        """Nobody will ask for this value's interval again."""
+        del self.boxes[name], self.env[name]
+        self.widths.pop(name, None)
 
     def part(self, span: slice) -> State:
         """The same computation for some of the examples; views, not copies."""
@@ -124,6 +133,7 @@ class State:
         return State(
             self.network,
             self.region[span],
+            self.facts,
             {k: v[span] if k in active else v for k, v in self.env.items()},
             _cut(self.frame, span),
             self.rigorous,
@@ -173,27 +183,26 @@ def start(
         ValueError: the region does not fit the network's input.
     """
     graph = network.graph
-    missing = facts(graph).unsupported
-    if missing:
-        raise UnsupportedOp(dict.fromkeys(describe(n) for n in missing), REMEDY)
-    if tuple(region.center.shape[1:]) != network.input_shape:
+    known = facts(graph)
+    if known.unsupported:
+        raise UnsupportedOp(dict.fromkeys(describe(n) for n in known.unsupported), REMEDY)
+    if region.center.shape[1:] != network.input_shape:
         raise ValueError(
             f"region: examples have shape {tuple(region.center.shape[1:])}, "
             f"the network takes {network.input_shape}"
         )
     working = dtype or network.dtype
     env = bind(graph, network.module, dtype=working, statistics=statistics)
-    _require_eval(env)
+    _require_eval(graph, env)
     if rigorous:
         require_ieee(working, region.center.device)
     frame = region.frame(working)
-    state = State(network, region, env, frame, rigorous, memory or DEFAULT_MEMORY)
+    state = State(network, region, known, env, frame, rigorous, memory or DEFAULT_MEMORY)
     state.boxes[graph.inputs[0]] = frame.hull
     env[graph.inputs[0]] = _center(frame)
-    for node in graph.nodes:
-        if node.name not in graph.active:
-            args, kwargs = state.arguments(node)
-            env[node.name] = node.op(*args, **kwargs)
+    for node in known.fixed:
+        args, kwargs = state.arguments(node)
+        env[node.name] = node.op(*args, **kwargs)
     return state
 
 
@@ -235,8 +244,8 @@ def require_ieee(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def _require_eval(env: Mapping[str, Any]) -> None:
-    active = [name[1:].removesuffix(":training") for name, v in env.items() if v is True]
+def _require_eval(graph: Graph, env: Mapping[str, Any]) -> None:
+    active = [name for value, name in graph.modes.items() if env[value]]
     if active:
         raise ValueError(
             f"network: {', '.join(active)} in training mode: the output of one example then depends on others; "
@@ -252,14 +261,21 @@ def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
             f"spec: C has shape {tuple(spec.C.shape)}, expected ({state.batch}, M, {outputs[0]}) "
             "for this batch and network"
         )
-    device = state.frame.origin.device
-    C = spec.C.to(device=device, dtype=state.dtype)
-    return C.transpose(0, 1), spec.d.to(device=device, dtype=state.dtype).transpose(0, 1)
+    like = state.frame.origin
+    return spec.C.to(like).transpose(0, 1), spec.d.to(like).T
 
 
-def absolute_number(value: Any) -> Any:
-    """|value| of a scalar operand; whatever else an op takes as it is."""
-    return abs(value) if type(value) in (int, float) else value
+def absolute(args: Sequence[Any]) -> list[Any]:
+    """Every tensor and number of ``args`` by absolute value, also inside lists; whatever else as it is."""
+
+    def visit(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.abs()
+        if isinstance(item, list):
+            return [visit(i) for i in item]
+        return abs(item) if type(item) in (int, float) else item
+
+    return [visit(a) for a in args]
 
 
 def at(args: Sequence[Any], values: Mapping[int, Any]) -> list[Any]:
