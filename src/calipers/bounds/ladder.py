@@ -10,8 +10,8 @@ are differentiable in the parameters and in the region's centre.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -169,26 +169,26 @@ def _interval(state: State, spec: Spec) -> Tensor:
     propagate(state, until=graph.output, keep=known.kept)
     if not tail:
         return _from_box(state, C, d)
-    low = lower_bounds(state, graph.output, C, [lambda v: v not in tail], last=False)
-    return _at_reference(state, C, d) + low[0].T
+    (low,) = lower_bounds(state, graph.output, C.transpose(0, 1), tail, last=False)
+    return _at_reference(state, C, d) + low.T
 
 
 def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
     """The output itself is not affine: functionals of its box."""
     low, high = state.boxes[state.network.graph.output]
+    low, high = low.unsqueeze(1), high.unsqueeze(1)
     value = (C.clamp_min(0) * low).sum(-1) + (C.clamp_max(0) * high).sum(-1) + d
     size = (C.abs() * torch.maximum(low.abs(), high.abs())).sum(-1) + d.abs()
-    return (value - state.gamma(C.shape[-1] + 1) * size).T
+    return value - state.gamma(C.shape[-1] + 1) * size
 
 
 def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     """C·z + d at the reference output, less its rounding: (B, M)."""
     z: Tensor = state.env[state.network.graph.output]
-    rows, columns = C.transpose(0, 1), z.unsqueeze(-1)
-    value = torch.baddbmm(d.T.unsqueeze(-1), rows, columns)
+    value = torch.baddbmm(d.unsqueeze(-1), C, z.unsqueeze(-1))
     gamma = state.gamma(C.shape[-1] + 2)
     if gamma:
-        value = value - gamma * torch.baddbmm(d.T.abs().unsqueeze(-1), rows.abs(), columns.abs())
+        value = value - gamma * torch.baddbmm(d.abs().unsqueeze(-1), C.abs(), z.abs().unsqueeze(-1))
     return value.squeeze(-1)
 
 
@@ -198,7 +198,7 @@ def _crown_ibp(state: State, spec: Spec) -> Tensor:
     tail = state.facts.tail
     if not tail:
         return torch.maximum(_functionals(state, C, d), _from_box(state, C, d))
-    return _functionals(state, C, d, [lambda v: v not in tail])
+    return _functionals(state, C, d, tail)
 
 
 def _crown(state: State, spec: Spec) -> Tensor:
@@ -212,21 +212,26 @@ def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
     return torch.maximum(_crown(state, spec), weak)
 
 
-def _functionals(
-    state: State, C: Tensor, d: Tensor, stops: Sequence[Callable[[str], bool]] = ()
-) -> Tensor:
-    """The best of the bounds at the stops and at the input for rows C of the output: (B, M)."""
+def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) -> Tensor:
+    """The better of the bounds before the tail (if given) and at the input for rows C of the output: (B, M)."""
     output = state.network.graph.output
     row = _row_bytes(state.network, state.dtype)
+    A = C.transpose(0, 1)
     parts = [
-        torch.cat([_best(lower_bounds(part, output, C[rows, span], stops)) for rows in cuts])
-        for part, span, cuts in _parts(state, [len(C)] * state.batch, row)
+        _joined(
+            [
+                reduce(torch.maximum, lower_bounds(part, output, A[rows, span], tail))
+                for rows in cuts
+            ],
+            0,
+        )
+        for part, span, cuts in _parts(state, [len(A)] * state.batch, row)
     ]
-    return _at_reference(state, C, d) + torch.cat(parts, 1).T
+    return _at_reference(state, C, d) + _joined(parts, 1).T
 
 
-def _best(bounds: list[Tensor]) -> Tensor:
-    return torch.stack(bounds).amax(0) if len(bounds) > 1 else bounds[0]
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:

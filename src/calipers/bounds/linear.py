@@ -2,15 +2,15 @@
 
 For rows A of a value h with reference z, the walk keeps A·(h − z) ≥ Σ A_v·(v − z_v) + bias over fewer and earlier
 values v, and concretises at the input by the region's exact support function. An affine op is its transpose; an
-activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and half
-difference, A ↦ A·mid − |A|·half. Upper bounds are lower bounds of −A: both sides share every step until the first
+activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and
+difference, A ↦ A·mid − |A|·bend/2. Upper bounds are lower bounds of −A: both sides share every step until the first
 activation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,22 +35,22 @@ def lower_bounds(
     state: State,
     name: str,
     A: Tensor,
-    stops: Sequence[Callable[[str], bool]] = (),
+    tail: Collection[str] = (),
     *,
     last: bool = True,
 ) -> list[Tensor]:
     """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
     Args:
-        stops: for each of them one more bound, first in the list: the walk halts at the values that it
-            accepts, which are concretised by their intervals, and then goes on.
+        tail: values; if given there is one more bound, first in the list: where the walk leaves them, what it
+            has reached is concretised by its intervals.
         last: go on to the input for one more bound.
     """
     pull = _Pull(state, name)
     pull.rows[name] = A
     totals = []
-    for stop in stops:
-        pull.walk(stop)
+    if tail:
+        pull.walk(tail)
         totals.append(pull.total())
     if last:
         pull.walk()
@@ -101,11 +101,11 @@ class _Pull:
         half = len(low) // 2
         return low[:half], -low[half:]
 
-    def walk(self, stop: Callable[[str], bool] | None = None) -> None:
-        """Pull everything back to the input, or to values that ``stop`` accepts."""
+    def walk(self, within: Collection[str] | None = None) -> None:
+        """Pull everything back to the input, or out of the values ``within``."""
         for step in reversed(self.state.facts.steps):
             name = step.node.name
-            if name in self.rows and not (stop and stop(name)):
+            if name in self.rows and (within is None or name in within):
                 self._step(step, self.rows.pop(name))
 
     def total(self, sign: float = 1.0) -> Tensor:
@@ -176,25 +176,36 @@ def _unit_rows(state: State, kind: Kind, node: Node, index: Tensor) -> Rows | No
 
 def concretise(state: State, name: str, A: Rows) -> Tensor:
     """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere."""
-    at_input = name in state.network.graph.inputs
-    if isinstance(A, Patch):
-        if at_input and math.isinf(state.region.p) and state.frame.bounded:
-            # the origin is the middle of a box
-            low = -_patch_dot(state, name, A.moved(A.data.abs()), state.frame.above)
-            gamma = state.gamma(math.prod(A.data.shape[2:]) + 4)
-            return low * (1 + gamma) if gamma else low
-        A = patches.dense(A, state.shape(name))
-    if at_input:
-        symmetric = math.isinf(state.region.p)
-        low = -state.region.reach(A if symmetric else -A, state.frame)
-        if not symmetric:
-            low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
-        size = state.once("deviation", name, _deviation) if state.rigorous else A
-    else:
+    size: Tensor | None = (
+        None  # how far the value may lie from its reference, where that is all there is
+    )
+    if name not in state.network.graph.inputs:
         size = state.once("deviation", name, _deviation)
+    elif math.isinf(state.region.p) and state.frame.bounded:
+        size = state.frame.above  # the reference is the middle of the box
+    if size is not None and isinstance(A, Patch) and name in state.network.graph.inputs:
+        low = -_patch_dot(state, name, A.moved(A.data.abs()), size)
+        count = math.prod(A.data.shape[2:])
+    else:
+        if isinstance(A, Patch):
+            A = patches.dense(A, state.shape(name))
+        if size is None:
+            return _over_region(state, name, A)
         low = -_dot(A.abs(), size)
-    gamma = state.gamma(math.prod(A.shape[2:]) + 4)
-    return low - gamma * _dot(A.abs(), size) if gamma else low
+        count = math.prod(A.shape[2:])
+    return low * (1 + state.gamma(count + 4)) if state.rigorous else low
+
+
+def _over_region(state: State, name: str, A: Tensor) -> Tensor:
+    """`concretise` at the input, for a region that is no bounded box."""
+    symmetric = math.isinf(state.region.p)
+    low = -state.region.reach(A if symmetric else -A, state.frame)
+    if not symmetric:
+        low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
+    if not state.rigorous:
+        return low
+    size = state.once("deviation", name, _deviation)
+    return low - state.gamma(math.prod(A.shape[2:]) + 4) * _dot(A.abs(), size)
 
 
 def _deviation(state: State, name: str) -> Tensor:
@@ -300,10 +311,10 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
 
 
 class _Relaxed(NamedTuple):
-    """Lines in deviations from the reference: slope mid ∓ half, offset at the reference offset ∓ gap."""
+    """Lines in deviations from the reference: slope mid ∓ bend/2, offset at the reference offset ∓ gap/2."""
 
     mid: Tensor
-    half: Tensor
+    bend: Tensor
     offset: Tensor
     gap: Tensor
 
@@ -313,9 +324,11 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
     z, out = args[0], state.env[node.name]
     box = state.boxes[node.operands[0]]
     lines: Lines = kind.relax(box, *args[1:], **kwargs)
-    low = lines.lower_slope * z + lines.lower_offset - out
-    high = lines.upper_slope * z + lines.upper_offset - out
-    gap = (high - low) * 0.5
+    low = torch.addcmul(lines.lower_offset - out, lines.lower_slope, z)
+    high = torch.addcmul(lines.upper_offset - out, lines.upper_slope, z)
+    gap, bend = high - low, lines.upper_slope - lines.lower_slope
+    mid = torch.add(lines.lower_slope, bend, alpha=0.5)
+    offset = torch.add(low, gap, alpha=0.5)
     if state.rigorous:
         with torch.no_grad():
             size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
@@ -323,37 +336,34 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
             offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
             # the lines themselves, and the sums over all neurons that their offsets will enter
             rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
-            gap = gap + rounding + state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
-    return _Relaxed(
-        (lines.lower_slope + lines.upper_slope) * 0.5,
-        (lines.upper_slope - lines.lower_slope) * 0.5,
-        (low + high) * 0.5,
-        gap,
-    )
+            sums = state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
+            gap = gap + 2 * (rounding + sums)
+    return _Relaxed(mid, bend, offset, gap)
 
 
 def _activation(
     state: State, kind: Activation, node: Node, A: Rows, split: bool
 ) -> tuple[Parts, Tensor]:
-    """A ↦ A·mid − |A|·half; with ``split`` the negative rows too, which share both products."""
+    """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
         looked = _look(state, f"lines of {node.name}", maps, A)
-        mid, half, offset, gap = looked.chunk(4, 2)
+        mid, bend, offset, gap = looked.chunk(4, 2)
         data, size = A.data, A.data.abs()
         straight = (data * offset).flatten(2).sum(-1)
         loss = (size * gap).flatten(2).sum(-1)
     else:
-        mid, half, offset, gap = _lines(state, kind, node.name)
+        mid, bend, offset, gap = _lines(state, kind, node.name)
         data, size = A, A.abs()
         straight, loss = _dot(A, offset), _dot(size, gap)
     along = data * mid
     if not split:
-        rows, bias = along.addcmul_(size, half, value=-1.0), straight - loss
+        rows = along.addcmul_(size, bend, value=-0.5)
+        bias = torch.sub(straight, loss, alpha=0.5)
         return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
-    bent = size * half
-    rows = torch.cat([along - bent, -along - bent])
-    bias = torch.cat([straight - loss, -straight - loss])
+    bent = size * (-0.5 * bend)
+    rows = torch.cat([along + bent, bent - along])
+    bias = torch.cat([straight - 0.5 * loss, -straight - 0.5 * loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
 
 
@@ -372,29 +382,29 @@ def _activation_and_linear(
 ) -> tuple[Parts, Tensor]:
     """Both steps for the rows of one example, over the neurons that count: inactive ones have no column in the
     product, and only unstable ones bend, so the two sides of an element share the product with all others."""
-    mid, half, offset, gap = (v[0] for v in _lines(state, kind, node.name))
+    mid, bend, offset, gap = (v[0] for v in _lines(state, kind, node.name))
     key = (f"columns of {node.name}", "table")
     if key not in state.cache:
-        live = torch.nonzero((mid != 0) | (half != 0)).flatten()
-        bent = torch.nonzero(half[live]).flatten()
+        live = torch.nonzero((mid != 0) | (bend != 0)).flatten()
+        bent = torch.nonzero(bend[live]).flatten()
         weight = state.arguments(linear)[0][1][live]
         state.cache[key] = live, bent, weight, weight[bent]
     live, bent, weight, bent_weight = state.cache[key]
     rows, size = A[:, 0], A[:, 0].abs()
-    straight, loss = rows @ offset, size @ gap
+    straight, loss = rows @ offset, size @ (0.5 * gap)
     along = rows[:, live] * mid[live]
-    bend = size[:, live[bent]] * half[live[bent]]
+    change = size[:, live[bent]] * (0.5 * bend[live[bent]])
     noise = _affine_noise(state, AFFINE[F.linear], linear)
     if noise is not None:
-        loss = loss + along.abs() @ noise[0, live] + bend.abs() @ noise[0, live[bent]]
+        loss = loss + along.abs() @ noise[0, live] + change @ noise[0, live[bent]]
     if split:
-        common, change = along @ weight, bend @ bent_weight
+        common, change = along @ weight, change @ bent_weight
         found = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
         torch.sub(common, change, out=found[: len(A)])
         torch.add(common, change, out=found[len(A) :]).neg_()
         bias = torch.cat([straight - loss, -straight - loss])
     else:
-        along[:, bent] -= bend
+        along[:, bent] -= change
         found, bias = along @ weight, straight - loss
     return {0: found.unsqueeze(1)}, bias.unsqueeze(1)
 

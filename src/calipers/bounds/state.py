@@ -155,7 +155,7 @@ def _cut(value: Any, span: slice) -> Any:
 
 def flat(value: Tensor, lead: int = 1) -> Tensor:
     """All but the first ``lead`` dimensions in one (also where there are none)."""
-    return value.reshape(*value.shape[:lead], -1)
+    return value if value.ndim == lead + 1 else value.reshape(*value.shape[:lead], -1)
 
 
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"
@@ -254,7 +254,7 @@ def _require_eval(graph: Graph, env: Mapping[str, Any]) -> None:
 
 
 def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
-    """C as rows (M, B, K) and d as (M, B), in the working dtype."""
+    """C and d in the working dtype."""
     outputs = state.shape(state.network.graph.output)
     if len(outputs) != 1 or spec.C.shape[0] != state.batch or spec.C.shape[2] != outputs[0]:
         raise ValueError(
@@ -262,7 +262,7 @@ def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
             "for this batch and network"
         )
     like = state.frame.origin
-    return spec.C.to(like).transpose(0, 1), spec.d.to(like).T
+    return spec.C.to(like), spec.d.to(like)
 
 
 def absolute(args: Sequence[Any]) -> list[Any]:
