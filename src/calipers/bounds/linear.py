@@ -385,28 +385,32 @@ def _activation_and_linear(
     mid, bend, offset, gap = (v[0] for v in _lines(state, kind, node.name))
     key = (f"columns of {node.name}", "table")
     if key not in state.cache:
+        bent = torch.nonzero(bend).flatten()
         live = torch.nonzero((mid != 0) | (bend != 0)).flatten()
-        bent = torch.nonzero(bend[live]).flatten()
-        weight = state.arguments(linear)[0][1][live]
-        state.cache[key] = live, bent, weight, weight[bent]
+        weight = state.arguments(linear)[0][1]
+        picked = weight.index_select(0, live), weight.index_select(0, bent)
+        state.cache[key] = live, bent, *picked
     live, bent, weight, bent_weight = state.cache[key]
     rows, size = A[:, 0], A[:, 0].abs()
     straight, loss = rows @ offset, size @ (0.5 * gap)
-    along = rows[:, live] * mid[live]
-    change = size[:, live[bent]] * (0.5 * bend[live[bent]])
+    along = rows * mid
+    change = size.index_select(1, bent) * (-0.5 * bend[bent]) if split else None
+    if change is None:
+        along.addcmul_(size, bend, value=-0.5)
+    along = along.index_select(1, live)
     noise = _affine_noise(state, AFFINE[F.linear], linear)
     if noise is not None:
-        loss = loss + along.abs() @ noise[0, live] + change @ noise[0, live[bent]]
-    if split:
-        common, change = along @ weight, change @ bent_weight
-        found = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
-        torch.sub(common, change, out=found[: len(A)])
-        torch.add(common, change, out=found[len(A) :]).neg_()
-        bias = torch.cat([straight - loss, -straight - loss])
-    else:
-        along[:, bent] -= change
-        found, bias = along @ weight, straight - loss
-    return {0: found.unsqueeze(1)}, bias.unsqueeze(1)
+        loss = loss + along.abs() @ noise[0, live]
+        if change is not None:
+            loss = loss + change.abs() @ noise[0, bent]
+    found = along @ weight
+    if change is None:
+        return {0: found.unsqueeze(1)}, (straight - loss).unsqueeze(1)
+    bends = change @ bent_weight
+    both = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
+    torch.add(bends, found, out=both[: len(A)])
+    torch.sub(bends, found, out=both[len(A) :])
+    return {0: both.unsqueeze(1)}, torch.cat([straight - loss, -straight - loss]).unsqueeze(1)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
