@@ -19,7 +19,7 @@ from torch import Tensor
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
-from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, start
+from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, joined, start
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
@@ -127,8 +127,9 @@ def _chunked(
     memory: int | None,
     statistics: Statistics | None,
 ) -> Tensor:
-    if len(spec) != len(region):
-        raise ValueError(f"spec: {len(spec)} examples for {len(region)} regions")
+    count = region.center.shape[0]
+    if spec.C.shape[0] != count:
+        raise ValueError(f"spec: {len(spec)} examples for {count} regions")
     dtype = dtype or network.dtype
     begin = partial(
         start,
@@ -139,11 +140,9 @@ def _chunked(
         statistics=statistics,
     )
     size = _examples(network, spec, memory, dtype)
-    if len(region) <= size:
+    if count <= size:
         return run(begin(region), spec)
-    parts = [
-        run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, len(region), size)
-    ]
+    parts = [run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, count, size)]
     return torch.cat(parts)
 
 
@@ -218,7 +217,7 @@ def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ())
     row = _row_bytes(state.network, state.dtype)
     A = C.transpose(0, 1)
     parts = [
-        _joined(
+        joined(
             [
                 reduce(torch.maximum, lower_bounds(part, output, A[rows, span], tail))
                 for rows in cuts
@@ -227,11 +226,7 @@ def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ())
         )
         for part, span, cuts in _parts(state, [len(A)] * state.batch, row)
     ]
-    return _at_reference(state, C, d) + _joined(parts, 1).T
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+    return _at_reference(state, C, d) + joined(parts, 1).T
 
 
 def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:
@@ -300,7 +295,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     for part, span, cuts in _parts(state, [2 * c for c in counts], row):
         index = order[span, : max(counts[span])]
         bounds = [both_bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
-        found = [torch.cat(ends).T for ends in zip(*bounds, strict=True)] if bounds else None
+        found = [joined(list(ends), 0).T for ends in zip(*bounds, strict=True)]
         wanted = mask[span].gather(1, index)
         pair = low[span], high[span]
         if found:
@@ -310,7 +305,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     shape = state.boxes[name].lower.shape
     state.off_centre.add(name)
     state.change(name)
-    state.boxes[name] = Interval(torch.cat(lows).reshape(shape), torch.cat(highs).reshape(shape))
+    state.boxes[name] = Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs)))
 
 
 def _halved(cut: slice) -> slice:

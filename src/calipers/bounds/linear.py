@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calipers.bounds import patches
 from calipers.bounds.patches import Patch
-from calipers.bounds.state import State, absolute, at, flat
+from calipers.bounds.state import PIECE, State, absolute, at, flat, joined
 from calipers.graph.graph import Node
 from calipers.ops import Step
 from calipers.ops.affine import AFFINE
@@ -127,7 +127,7 @@ class _Pull:
         bias: Tensor | None
         if not isinstance(kind, Activation):
             parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
-        elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, len(A))):
+        elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, A.shape[0])):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
         else:
@@ -191,7 +191,7 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
             A = patches.dense(A, state.shape(name))
         if size is None:
             return _over_region(state, name, A)
-        low = -_dot(A.abs(), size)
+        low = -_dot(A, size, size=True)
         count = math.prod(A.shape[2:])
     return low * (1 + state.gamma(count + 4)) if state.rigorous else low
 
@@ -205,7 +205,7 @@ def _over_region(state: State, name: str, A: Tensor) -> Tensor:
     if not state.rigorous:
         return low
     size = state.once("deviation", name, _deviation)
-    return low - state.gamma(math.prod(A.shape[2:]) + 4) * _dot(A.abs(), size)
+    return low - state.gamma(math.prod(A.shape[2:]) + 4) * _dot(A, size, size=True)
 
 
 def _deviation(state: State, name: str) -> Tensor:
@@ -227,10 +227,16 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
     return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
 
 
-def _dot(A: Tensor, v: Tensor) -> Tensor:
-    """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
-    rows = flat(A, 2).transpose(0, 1)
-    return torch.bmm(rows, flat(v).unsqueeze(-1)).squeeze(-1).T
+def _dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
+    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
+    rows, vector = flat(A, 2), flat(v)
+    if vector.shape[0] == 1 or A.device.type != "cpu":
+        rows = (rows.abs() if size else rows).transpose(0, 1)
+        return torch.bmm(rows, vector.unsqueeze(-1)).squeeze(-1).T
+    # many products with one column each are slow on a CPU; these passes stay in the cache
+    step = max(1, PIECE // (vector.numel() * vector.itemsize))
+    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
+    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
 
 
 # -- affine -------------------------------------------------------------------------------------------------
@@ -254,7 +260,7 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
             return parts, bias
         A = patches.dense(A, node.shape)
     if noise is not None:
-        bias = -_dot(A.abs(), noise)
+        bias = -_dot(A, noise, size=True)
     stacked = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
@@ -447,7 +453,7 @@ def _bilinear(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None
     gamma = state.gamma(out[0].numel() + 16)
     if gamma:
         xm, ym = torch.maximum(xl.abs(), xu.abs()), torch.maximum(yl.abs(), yu.abs())
-        bias = bias - _dot(A.abs(), gamma * 4 * (xm * ym + out.abs()))
+        bias = bias - _dot(A, gamma * 4 * (xm * ym + out.abs()), size=True)
     parts: Parts = {}
     for i, slope in enumerate((0, 1)):
         rows = plus * low[slope] + minus * high[slope]

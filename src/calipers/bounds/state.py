@@ -26,6 +26,7 @@ from calipers.spec import Spec
 T = TypeVar("T")
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
 CACHE = 8 << 20  # on a CPU, backward rows are worked on in pieces of this many bytes: it is faster
+PIECE = 1 << 19  # and passes over their elements in pieces of this many
 
 
 @dataclass(eq=False)
@@ -63,7 +64,7 @@ class State:
 
     @property
     def batch(self) -> int:
-        return len(self.frame.origin)
+        return self.frame.origin.shape[0]
 
     @property
     def budget(self) -> int:
@@ -156,6 +157,10 @@ def _cut(value: Any, span: slice) -> Any:
 def flat(value: Tensor, lead: int = 1) -> Tensor:
     """All but the first ``lead`` dimensions in one (also where there are none)."""
     return value if value.ndim == lead + 1 else value.reshape(*value.shape[:lead], -1)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"

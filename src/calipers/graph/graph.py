@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -254,12 +253,12 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its floating-point parameters (float32 if it has none)."""
-        bound = (read(self.module) for _, _, read in self.graph.reads)
-        for tensor in chain(bound, self.graph.constants.values()):
-            if tensor.is_floating_point():
-                dtype: torch.dtype = tensor.dtype
+        for _, _, read in self.graph.reads:
+            dtype: torch.dtype = read(self.module).dtype
+            if dtype.is_floating_point:
                 return dtype
-        return torch.float32
+        dtypes = (tensor.dtype for tensor in self.graph.constants.values())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
     @property
     def device(self) -> torch.device:
