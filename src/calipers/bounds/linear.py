@@ -230,9 +230,11 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
 def _dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
     """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
     rows, vector = flat(A, 2), flat(v)
-    if vector.shape[0] == 1 or A.device.type != "cpu":
+    single = vector.shape[0] == 1
+    if single or A.device.type != "cpu":
         rows = (rows.abs() if size else rows).transpose(0, 1)
-        return torch.bmm(rows, vector.unsqueeze(-1)).squeeze(-1).T
+        product = torch.bmm(rows, vector.unsqueeze(-1))
+        return product.squeeze(0) if single else product.squeeze(-1).T
     # many products with one column each are slow on a CPU; these passes stay in the cache
     step = max(1, PIECE // (vector.numel() * vector.itemsize))
     cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
