@@ -3,9 +3,10 @@
     python benchmarks/speed.py [--bounds DIR] [--quick]
 
 Every ratio is the median over interleaved pairs in one process, with the same batch, layout, precision and
-allocator on both sides. ``--bounds DIR`` holds ``NET.onnx`` and ``auto_lirpa_0.7.1.npz`` (input boxes, margin rows
-and auto_LiRPA's bounds): our bounds are compared with those, and if the package ``auto_LiRPA`` can be imported it is
-timed in the same run. The figures that were measured stand in PERFORMANCE.md.
+allocator on both sides. Times are CPU time of the process (one thread), so that being preempted does not count.
+``--bounds DIR`` holds ``NET.onnx`` and ``auto_lirpa_0.7.1.npz`` (input boxes, margin rows and auto_LiRPA's bounds):
+our bounds are compared with those, and if the package ``auto_LiRPA`` can be imported it is timed in the same run. The
+figures that were measured stand in PERFORMANCE.md.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def pairs(ours: Timed, theirs: Timed, runs: int) -> tuple[float, float, float]:
     ours(), theirs()
     first, second = [], []
     for _ in range(runs):
-        begin = time.perf_counter()
+        begin = time.process_time()
         ours()
-        middle = time.perf_counter()
+        middle = time.process_time()
         theirs()
         first.append(middle - begin)
-        second.append(time.perf_counter() - middle)
+        second.append(time.process_time() - middle)
     ratio = statistics.median(a / b for a, b in zip(first, second, strict=True))
     return statistics.median(first) * 1e3, statistics.median(second) * 1e3, ratio
 

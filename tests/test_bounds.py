@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -24,7 +25,8 @@ from calipers.graph import primitives as prim
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, concrete, walk
 from calipers.graph.graph import bind as bind_values
-from calipers.sets import Region, ThreatModel
+from calipers.ops import OPS, register
+from calipers.sets import Interval, Region, ThreatModel
 from calipers.spec import Spec
 from networks import ARCHITECTURES, Builder
 from sandwiches import exact_values
@@ -176,6 +178,105 @@ def test_gradcheck(method: str) -> None:
 
     leaves = [v.detach().clone().requires_grad_() for v in (x, *weights)]
     assert torch.autograd.gradcheck(low, leaves)
+
+
+# -- parameters are looked up at each call ---------------------------------------------------------------------
+
+
+def step_of_an_optimiser(module: Any) -> None:
+    module[1].weight.grad = torch.ones_like(module[1].weight)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+def write_through_data(module: Any) -> None:
+    module[1].weight.data.mul_(-1.5)  # leaves no trace in the tensor's version
+
+
+def write_through_numpy(module: Any) -> None:
+    module[1].weight.detach().numpy()[:] *= -1.5
+
+
+def swap_data(module: Any) -> None:
+    module[1].weight.data = module[1].weight.data * -1.5
+
+
+def load_state(module: Any) -> None:
+    module.load_state_dict({k: v * 1.5 for k, v in module.state_dict().items()})
+
+
+def replace_parameter(module: Any) -> None:
+    module[3].weight = nn.Parameter(module[3].weight.detach() * -1.5)
+
+
+def replace_buffer(module: Any) -> None:
+    module[2].running_var = module[2].running_var * 4
+
+
+def replace_module(module: Any) -> None:
+    module[1] = nn.Linear(4, 5)
+
+
+CHANGES = [
+    step_of_an_optimiser,
+    write_through_data,
+    write_through_numpy,
+    swap_data,
+    load_state,
+    replace_parameter,
+    replace_buffer,
+    replace_module,
+    lambda module: module.double(),
+    lambda module: module[1].requires_grad_(requires_grad=False).bfloat16().float(),
+]
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_bounds_follow_the_module(method: str) -> None:
+    """Whatever happens to its parameters between two calls, the bounds are those of a network captured afresh."""
+
+    def fresh() -> Any:
+        torch.manual_seed(5)
+        linear, last = nn.Linear(4, 5), nn.Linear(5, 3)
+        return nn.Sequential(nn.Flatten(), linear, nn.BatchNorm1d(5), last, nn.ReLU()).eval()
+
+    network = capture(fresh(), torch.rand(2, 4))
+    region, spec = setting(network)
+    for change in CHANGES:
+        module = fresh()
+        network = Network(network.graph, module, network.input_shape)
+        with torch.no_grad():
+            before = BOUNDS[method](network, region, spec)
+        torch.manual_seed(6)
+        change(module)
+        after = BOUNDS[method](network, region, spec)
+        like = torch.rand(2, 4, dtype=network.dtype)
+        again = BOUNDS[method](capture(module, like), region, spec)
+        assert after.dtype == again.dtype == network.dtype
+        assert torch.equal(after, again), change
+        assert not torch.equal(before.to(after.dtype), after), change
+        if module[3].weight.requires_grad:  # and gradients flow, whatever ran without them before
+            (gradient,) = torch.autograd.grad(after.sum(), module[3].weight)
+            assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", BOUNDS)
+def test_bounds_follow_the_op_table(method: str) -> None:
+    network = networks.mlp(0)
+    region, spec = setting(network)
+    before = BOUNDS[method](network, region, spec)
+    relu: Any = OPS[torch.relu]
+
+    def wide(x: Interval) -> Interval:
+        return Interval(relu.image(x).lower, relu.image(x).upper + 1.0)
+
+    try:
+        register(torch.relu, replace(relu, image=wide))
+        assert (BOUNDS["interval"](network, region, spec) < before - 1e-3).all()
+        if method != "interval":
+            assert not torch.equal(BOUNDS[method](network, region, spec), before)
+    finally:
+        register(torch.relu, relu)
+    assert torch.equal(BOUNDS[method](network, region, spec), before)
 
 
 # -- modes and refusals ------------------------------------------------------------------------------------
@@ -471,6 +572,28 @@ def test_crown_never_loses_to_its_own_rungs() -> None:
         rungs = [f(network, region, spec, dtype=F64) for f in (interval, crown_ibp, crown)]
         assert (rungs[1] >= rungs[0] - 1e-12).all(), name
         assert (rungs[2] >= rungs[1] - 1e-12).all(), name
+
+
+def test_what_follows_a_refined_value_uses_its_new_width() -> None:
+    narrowed = 0
+    for seed in range(10):
+        b = Builder((2,), seed)
+        m = b(torch.mul, b.linear(b.x, 3), b.linear(b.x, 3))
+        r = b.relu(m)  # m is refined here
+        w, c = b.rand(2, 3), b.rand(2)
+        t = b(F.linear, m, w, c)
+        b(torch.add, t, b.linear(r, 2))
+        network = b.network(F64)
+        x = torch.randn(1, 2, generator=b.generator, dtype=F64)
+        region = Region.ball(x, 0.5, INF)
+        loose, tight = (preactivations(network, region, tight=v) for v in (False, True))
+        low, high = tight[m.name]
+        narrowed += bool((high - low < loose[m.name].upper - loose[m.name].lower - 1e-3).any())
+        center = F.linear((low + high) / 2, w.double(), c.double())
+        radius = F.linear((high - low) / 2, w.double().abs())
+        assert torch.allclose(tight[t.name].lower, center - radius, rtol=0, atol=1e-12)
+        assert torch.allclose(tight[t.name].upper, center + radius, rtol=0, atol=1e-12)
+    assert narrowed >= 3
 
 
 def test_values_after_a_refined_one() -> None:

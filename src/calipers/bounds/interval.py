@@ -1,20 +1,21 @@
 """Interval bounds (IBP): the smallest box around each value, one op at a time.
 
-One rule per kind: an affine op with L >= 0 maps ends to ends, any other maps centre and radius, an activation
+One rule per kind: an affine op with L >= 0 maps ends to ends, any other maps centre and width, an activation
 its exact image, a maximum ends to ends. With ``rigorous`` every result is rounded outwards, at no extra
-product: the radius's own map carries gamma_n·|centre| along.
+product: the width's own map carries gamma_n·|centre| along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calipers.bounds.state import State, absolute_number
-from calipers.graph.graph import Node, Ref
+from calipers.bounds.state import State, absolute
+from calipers.graph.graph import Node
+from calipers.ops import Step
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval
 
@@ -35,114 +36,94 @@ def propagate(
         until: stop at this node; if it is affine only its reference is filled, which is cheaper.
         keep: if given, forget every other value after its last use.
     """
-    graph = state.network.graph
-    for node in graph.nodes:
-        if node.name in graph.active:
-            if tighten is not None:
-                tighten(state, node)
-            if state.outdated(node):
-                if node.name == until and isinstance(state.kind(node), Affine):
-                    args, kwargs = state.arguments(node)
-                    state.env[node.name] = node.op(*args, **kwargs)
-                else:
-                    _visit(state, node)
+    last_use = state.network.graph.last_use
+    for step in state.facts.steps:
+        node = step.node
+        if tighten is not None:
+            tighten(state, node)
+        if state.outdated(node):
+            args, kwargs = state.arguments(node)
+            if node.name == until and isinstance(step.kind, Affine):
+                state.env[node.name] = node.op(*args, **kwargs)
+            else:
+                _visit(state, step, args, kwargs)
         if keep is not None:
-            for name in graph.last_use[node.name]:
+            for name in last_use[node.name]:
                 if name not in keep and name in state.boxes:
-                    del state.boxes[name], state.env[name]
+                    state.forget(name)
         if node.name == until:
             return
 
 
-def _visit(state: State, node: Node) -> None:
-    args = list(node.args)
-    for i in node.slots:
-        args[i] = _lookup(state, args[i])
-    kwargs = {k: _lookup(state, v) for k, v in node.kwargs.items()} if node.kwargs else {}
-    kind = state.kind(node)
-    if isinstance(kind, Affine):
-        box, center = _affine(state, kind, node, args, kwargs)
+def _visit(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> None:
+    """``args`` at the reference."""
+    name = step.node.name
+    if isinstance(step.kind, Affine):
+        center = step.node.op(*args, **kwargs)
+        box = _affine(state, step.kind, step, args, kwargs, center)
     else:
-        box = RULES[type(kind)](state, kind, node, args, kwargs)
-        center = _center(box)
-    state.boxes[node.name], state.env[node.name] = box, center
+        box = RULES[type(step.kind)](state, step, args, kwargs)
+        width = state.widths[name] = box.upper - box.lower
+        center = torch.add(box.lower, width, alpha=0.5)
+    state.boxes[name], state.env[name] = box, center
 
 
-def _lookup(state: State, value: Any) -> Any:
-    if type(value) is Ref:
-        box = state.boxes.get(value.name)
-        return state.env[value.name] if box is None else box
-    if type(value) is list or type(value) is tuple:
-        return type(value)(_lookup(state, v) for v in value)
-    return value
-
-
-def _each(args: Sequence[Any], f: Callable[[Interval], Tensor]) -> list[Any]:
-    """``args`` with ``f`` of each interval, also inside lists."""
-
-    def visit(item: Any) -> Any:
-        if type(item) is Interval:
-            return f(item)
-        if type(item) is list and any(type(i) is Interval for i in item):
-            return [visit(i) for i in item]
-        return item
-
-    return [visit(a) for a in args]
+def _with(state: State, step: Step, values: Iterable[Tensor]) -> list[Any]:
+    """The arguments, with ``values`` for the perturbed ones."""
+    env = dict(state.env)
+    env.update(zip(step.reads, values, strict=True))
+    return step.node.fill(env)
 
 
 def _affine(
-    state: State, kind: Affine, node: Node, args: list[Any], kwargs: Mapping[str, Any]
-) -> tuple[Interval, Tensor]:
-    """The box, and the reference: exactly the op of its operands' references."""
-    op = node.op
-    active = [name for name in node.operands if name in state.network.graph.active]
-    references = node.fill(state.env)
-    reference = op(*references, **kwargs)
-    terms = kind.terms(*references, **kwargs) if state.rigorous else 0
-    if not state.off_centre.isdisjoint(active):  # nor will what follows be centred on its reference
-        state.off_centre.add(node.name)
+    state: State,
+    kind: Affine,
+    step: Step,
+    args: list[Any],
+    kwargs: Mapping[str, Any],
+    reference: Tensor,
+) -> Interval:
+    """The box; ``reference`` is the op of its operands' references."""
+    op, boxes = step.node.op, [state.boxes[name] for name in step.reads]
+    terms = kind.terms(*args, **kwargs) if state.rigorous else 0
+    centred = state.off_centre.isdisjoint(step.reads)
+    if not centred:  # nor will what follows be centred on its reference
+        state.off_centre.add(step.node.name)
     if kind.magnitude is None:
         gamma = state.gamma(terms)
-        low = op(*_each(args, lambda x: x.lower), **kwargs)
-        high = op(*_each(args, lambda x: x.upper), **kwargs)
+        low = op(*_with(state, step, [x.lower for x in boxes]), **kwargs)
+        high = op(*_with(state, step, [x.upper for x in boxes]), **kwargs)
         if not gamma:
-            return Interval(low, high), reference
-        size = op(*_magnitudes(args), **kwargs) * gamma
-        return Interval(low - size, high + size), reference
+            return Interval(low, high)
+        size = op(*absolute(_with(state, step, map(_magnitude, boxes))), **kwargs) * gamma
+        return Interval(low - size, high + size)
     # a refined operand is no longer centred on its reference, and is narrower around its own centre
-    centred = state.off_centre.isdisjoint(active)
-    center = reference if centred else op(*_each(args, _center), **kwargs)
+    center = reference if centred else op(*_with(state, step, map(_center, boxes)), **kwargs)
     gamma = state.gamma(max(terms, 1))  # centre and radius round even where the op does not
-    radius = kind.magnitude(gamma, *_each(args, lambda x: _radius(x, gamma)), **kwargs)
-    return Interval(center - radius, center + radius), reference
+    widths = [_width(state, name, gamma) for name in step.reads]
+    width = kind.magnitude(2 * gamma, *_with(state, step, widths), **kwargs)
+    return Interval(torch.sub(center, width, alpha=0.5), torch.add(center, width, alpha=0.5))
 
 
 def _center(x: Interval) -> Tensor:
-    return torch.lerp(x.lower, x.upper, 0.5)
+    return torch.add(x.lower, x.upper - x.lower, alpha=0.5)
 
 
-def _radius(x: Interval, gamma: float) -> Tensor:
-    """Half the width; with ``gamma`` also the rounding of the centre and of the product with it."""
-    half = (x.upper - x.lower).mul_(0.5)
-    return half + gamma * torch.maximum(x.lower.abs(), x.upper.abs()) if gamma else half
+def _magnitude(x: Interval) -> Tensor:
+    return torch.maximum(x.lower.abs(), x.upper.abs())
 
 
-def _magnitudes(args: Sequence[Any]) -> list[Any]:
-    """Every tensor or number by absolute value, intervals by their largest."""
-
-    def visit(item: Any) -> Any:
-        if isinstance(item, Interval):
-            return torch.maximum(item.lower.abs(), item.upper.abs())
-        if isinstance(item, list):
-            return [visit(i) for i in item]
-        return item.abs() if isinstance(item, Tensor) else absolute_number(item)
-
-    return [visit(a) for a in args]
+def _width(state: State, name: str, gamma: float) -> Tensor:
+    """Upper less lower; with ``gamma`` also the rounding of the centre and of the product with it, on both sides."""
+    box, width = state.boxes[name], state.widths.get(name)
+    if width is None:
+        width = box.upper - box.lower
+    return width + 2 * gamma * _magnitude(box) if gamma else width
 
 
-def _activation(
-    state: State, kind: Activation, _node: Node, args: list[Any], kwargs: Mapping[str, Any]
-) -> Interval:
+def _activation(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
+    kind: Activation = step.kind  # type: ignore[assignment]
+    args[0] = state.boxes[step.reads[0]]
     image = kind.image(*args, **kwargs)
     gamma = state.gamma(1) * kind.ulps
     if not gamma:
@@ -152,10 +133,8 @@ def _activation(
     )
 
 
-def _bilinear(
-    state: State, _kind: Bilinear, _node: Node, args: list[Any], _kwargs: Mapping[str, Any]
-) -> Interval:
-    x, y = args
+def _bilinear(state: State, step: Step, _args: list[Any], _kwargs: Mapping[str, Any]) -> Interval:
+    x, y = (state.boxes[name] for name in step.reads)
     products = [a * b for a in x for b in y]
     low, high = products[0], products[0]
     for product in products[1:]:
@@ -168,11 +147,9 @@ def _bilinear(
     )
 
 
-def _extremum(
-    _state: State, _kind: Extremum, node: Node, args: list[Any], kwargs: Mapping[str, Any]
-) -> Interval:
-    low = node.op(*_each(args, lambda x: x.lower), **kwargs)
-    return Interval(low, node.op(*_each(args, lambda x: x.upper), **kwargs))
+def _extremum(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
+    x, rest = state.boxes[step.reads[0]], args[1:]
+    return Interval(step.node.op(x.lower, *rest, **kwargs), step.node.op(x.upper, *rest, **kwargs))
 
 
 RULES: dict[type, Callable[..., Interval]] = {

@@ -10,8 +10,8 @@ are differentiable in the parameters and in the region's centre.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -19,9 +19,8 @@ from torch import Tensor
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
-from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, start
+from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, joined, start
 from calipers.graph.graph import Network, Node
-from calipers.ops import facts
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -128,8 +127,9 @@ def _chunked(
     memory: int | None,
     statistics: Statistics | None,
 ) -> Tensor:
-    if len(spec) != len(region):
-        raise ValueError(f"spec: {len(spec)} examples for {len(region)} regions")
+    count = region.center.shape[0]
+    if spec.C.shape[0] != count:
+        raise ValueError(f"spec: {len(spec)} examples for {count} regions")
     dtype = dtype or network.dtype
     begin = partial(
         start,
@@ -140,11 +140,9 @@ def _chunked(
         statistics=statistics,
     )
     size = _examples(network, spec, memory, dtype)
-    if len(region) <= size:
+    if count <= size:
         return run(begin(region), spec)
-    parts = [
-        run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, len(region), size)
-    ]
+    parts = [run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, count, size)]
     return torch.cat(parts)
 
 
@@ -165,41 +163,41 @@ def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dty
 
 def _interval(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    graph = state.network.graph
-    known = facts(graph)
+    graph, known = state.network.graph, state.facts
     tail = known.tail
-    propagate(state, until=graph.output, keep=tail | known.heads | {graph.output})
+    propagate(state, until=graph.output, keep=known.kept)
     if not tail:
         return _from_box(state, C, d)
-    low = lower_bounds(state, graph.output, C, [lambda v: v not in tail], last=False)
-    return _at_reference(state, C, d) + low[0].T
+    (low,) = lower_bounds(state, graph.output, C.transpose(0, 1), tail, last=False)
+    return _at_reference(state, C, d) + low.T
 
 
 def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
     """The output itself is not affine: functionals of its box."""
     low, high = state.boxes[state.network.graph.output]
+    low, high = low.unsqueeze(1), high.unsqueeze(1)
     value = (C.clamp_min(0) * low).sum(-1) + (C.clamp_max(0) * high).sum(-1) + d
     size = (C.abs() * torch.maximum(low.abs(), high.abs())).sum(-1) + d.abs()
-    return (value - state.gamma(C.shape[-1] + 1) * size).T
+    return value - state.gamma(C.shape[-1] + 1) * size
 
 
 def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     """C·z + d at the reference output, less its rounding: (B, M)."""
     z: Tensor = state.env[state.network.graph.output]
-    value = (C * z).sum(-1) + d
+    value = torch.baddbmm(d.unsqueeze(-1), C, z.unsqueeze(-1))
     gamma = state.gamma(C.shape[-1] + 2)
     if gamma:
-        value = value - gamma * ((C.abs() * z.abs()).sum(-1) + d.abs())
-    return value.T
+        value = value - gamma * torch.baddbmm(d.abs().unsqueeze(-1), C.abs(), z.abs().unsqueeze(-1))
+    return value.squeeze(-1)
 
 
 def _crown_ibp(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
     propagate(state, until=state.network.graph.output)
-    tail = facts(state.network.graph).tail
+    tail = state.facts.tail
     if not tail:
         return torch.maximum(_functionals(state, C, d), _from_box(state, C, d))
-    return _functionals(state, C, d, [lambda v: v not in tail])
+    return _functionals(state, C, d, tail)
 
 
 def _crown(state: State, spec: Spec) -> Tensor:
@@ -213,21 +211,22 @@ def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
     return torch.maximum(_crown(state, spec), weak)
 
 
-def _functionals(
-    state: State, C: Tensor, d: Tensor, stops: Sequence[Callable[[str], bool]] = ()
-) -> Tensor:
-    """The best of the bounds at the stops and at the input for rows C of the output: (B, M)."""
+def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) -> Tensor:
+    """The better of the bounds before the tail (if given) and at the input for rows C of the output: (B, M)."""
     output = state.network.graph.output
     row = _row_bytes(state.network, state.dtype)
+    A = C.transpose(0, 1)
     parts = [
-        torch.cat([_best(lower_bounds(part, output, C[rows, span], stops)) for rows in cuts])
-        for part, span, cuts in _parts(state, [len(C)] * state.batch, row)
+        joined(
+            [
+                reduce(torch.maximum, lower_bounds(part, output, A[rows, span], tail))
+                for rows in cuts
+            ],
+            0,
+        )
+        for part, span, cuts in _parts(state, [len(A)] * state.batch, row)
     ]
-    return _at_reference(state, C, d) + torch.cat(parts, 1).T
-
-
-def _best(bounds: list[Tensor]) -> Tensor:
-    return torch.stack(bounds).amax(0) if len(bounds) > 1 else bounds[0]
+    return _at_reference(state, C, d) + joined(parts, 1).T
 
 
 def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:
@@ -296,7 +295,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     for part, span, cuts in _parts(state, [2 * c for c in counts], row):
         index = order[span, : max(counts[span])]
         bounds = [both_bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
-        found = [torch.cat(ends).T for ends in zip(*bounds, strict=True)] if bounds else None
+        found = [joined(list(ends), 0).T for ends in zip(*bounds, strict=True)]
         wanted = mask[span].gather(1, index)
         pair = low[span], high[span]
         if found:
@@ -306,7 +305,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     shape = state.boxes[name].lower.shape
     state.off_centre.add(name)
     state.change(name)
-    state.boxes[name] = Interval(torch.cat(lows).reshape(shape), torch.cat(highs).reshape(shape))
+    state.boxes[name] = Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs)))
 
 
 def _halved(cut: slice) -> slice:

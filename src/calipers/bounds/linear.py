@@ -2,15 +2,15 @@
 
 For rows A of a value h with reference z, the walk keeps A·(h − z) ≥ Σ A_v·(v − z_v) + bias over fewer and earlier
 values v, and concretises at the input by the region's exact support function. An affine op is its transpose; an
-activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and half
-difference, A ↦ A·mid − |A|·half. Upper bounds are lower bounds of −A: both sides share every step until the first
+activation picks the lower line where A ≥ 0 and the upper one where A < 0; written with the lines' mean and
+difference, A ↦ A·mid − |A|·bend/2. Upper bounds are lower bounds of −A: both sides share every step until the first
 activation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from calipers.bounds import patches
 from calipers.bounds.patches import Patch
-from calipers.bounds.state import State, absolute_number, at, flat
+from calipers.bounds.state import PIECE, State, absolute, at, flat, joined
 from calipers.graph.graph import Node
+from calipers.ops import Step
 from calipers.ops.affine import AFFINE
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
@@ -34,22 +35,22 @@ def lower_bounds(
     state: State,
     name: str,
     A: Tensor,
-    stops: Sequence[Callable[[str], bool]] = (),
+    tail: Collection[str] = (),
     *,
     last: bool = True,
 ) -> list[Tensor]:
     """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
     Args:
-        stops: for each of them one more bound, first in the list: the walk halts at the values that it
-            accepts, which are concretised by their intervals, and then goes on.
+        tail: values; if given there is one more bound, first in the list: where the walk leaves them, what it
+            has reached is concretised by its intervals.
         last: go on to the input for one more bound.
     """
     pull = _Pull(state, name)
     pull.rows[name] = A
     totals = []
-    for stop in stops:
-        pull.walk(stop)
+    if tail:
+        pull.walk(tail)
         totals.append(pull.total())
     if last:
         pull.walk()
@@ -74,7 +75,7 @@ class _Pull:
     def __init__(self, state: State, name: str) -> None:
         self.state, self.name = state, name
         self.rows: dict[str, Rows] = {}
-        self.bias: Tensor | float = 0.0
+        self.bias: Tensor | None = None
         self.elements = self.mirrored = False
 
     def elements_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,21 +101,22 @@ class _Pull:
         half = len(low) // 2
         return low[:half], -low[half:]
 
-    def walk(self, stop: Callable[[str], bool] | None = None) -> None:
-        """Pull everything back to the input, or to values that ``stop`` accepts."""
-        graph = self.state.network.graph
-        for node in reversed(graph.nodes[: graph.position[self.name] + 1]):
-            if node.name in self.rows and not (stop and stop(node.name)):
-                self._step(node, self.rows.pop(node.name))
+    def walk(self, within: Collection[str] | None = None) -> None:
+        """Pull everything back to the input, or out of the values ``within``."""
+        for step in reversed(self.state.facts.steps):
+            name = step.node.name
+            if name in self.rows and (within is None or name in within):
+                self._step(step, self.rows.pop(name))
 
     def total(self, sign: float = 1.0) -> Tensor:
         """The bound over what is left, concretised."""
         parts = [concretise(self.state, k, A if sign > 0 else -A) for k, A in self.rows.items()]
-        return sum(parts[1:], parts[0]) + self.bias
+        if isinstance(self.bias, Tensor):
+            parts.append(self.bias)
+        return sum(parts[1:], parts[0])
 
-    def _step(self, node: Node, A: Rows) -> None:
-        state = self.state
-        kind = state.kind(node)
+    def _step(self, step: Step, A: Rows) -> None:
+        state, node, kind = self.state, step.node, step.kind
         if isinstance(A, Patch) and not (
             isinstance(kind, (Affine, Activation)) and patches.worthwhile(A, node.shape)
         ):
@@ -123,16 +125,15 @@ class _Pull:
         if split:
             self._mirror()
         bias: Tensor | None
-        linear = _dense_linear_before(state, kind, node, A)
-        if linear is not None and isinstance(kind, Activation) and isinstance(A, Tensor):
+        if not isinstance(kind, Activation):
+            parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
+        elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, A.shape[0])):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
-        elif isinstance(kind, Activation):
-            parts, bias = _activation(state, kind, node, A, split)
         else:
-            parts, bias = RULES[type(kind)](state, kind, node, _mirrored(A) if split else A)
+            parts, bias = _activation(state, kind, node, A, split)
         if bias is not None:
-            self.bias = self.bias + bias
+            self.bias = bias if self.bias is None else self.bias + bias
         for index, rows in parts.items():
             name = node.operands[index]
             known = self.rows.get(name)
@@ -175,36 +176,42 @@ def _unit_rows(state: State, kind: Kind, node: Node, index: Tensor) -> Rows | No
 
 def concretise(state: State, name: str, A: Rows) -> Tensor:
     """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere."""
-    at_input = name in state.network.graph.inputs
-    if isinstance(A, Patch):
-        if at_input and math.isinf(state.region.p) and state.frame.bounded:
-            # the origin is the middle of a box
-            low = -_patch_dot(state, name, A.moved(A.data.abs()), state.frame.above)
-            gamma = state.gamma(math.prod(A.data.shape[2:]) + 4)
-            return low * (1 + gamma) if gamma else low
-        A = patches.dense(A, state.shape(name))
-    if at_input:
-        symmetric = math.isinf(state.region.p)
-        low = -state.region.reach(A if symmetric else -A, state.frame)
-        if not symmetric:
-            low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
-        size = state.once("deviation", name, _deviation) if state.rigorous else A
-    else:
+    size: Tensor | None = (
+        None  # how far the value may lie from its reference, where that is all there is
+    )
+    if name not in state.network.graph.inputs:
         size = state.once("deviation", name, _deviation)
-        low = -_dot(A.abs(), size)
-    gamma = state.gamma(math.prod(A.shape[2:]) + 4)
-    return low - gamma * _dot(A.abs(), size) if gamma else low
+    elif math.isinf(state.region.p) and state.frame.bounded:
+        size = state.frame.above  # the reference is the middle of the box
+    if size is not None and isinstance(A, Patch) and name in state.network.graph.inputs:
+        low = -_patch_dot(state, name, A.moved(A.data.abs()), size)
+        count = math.prod(A.data.shape[2:])
+    else:
+        if isinstance(A, Patch):
+            A = patches.dense(A, state.shape(name))
+        if size is None:
+            return _over_region(state, name, A)
+        low = -_dot(A, size, size=True)
+        count = math.prod(A.shape[2:])
+    return low * (1 + state.gamma(count + 4)) if state.rigorous else low
 
 
-def _offsets(state: State, name: str) -> Interval:
-    """Where the value may lie, relative to its reference."""
-    box, z = state.boxes[name], state.env[name]
-    return Interval(box.lower - z, box.upper - z)
+def _over_region(state: State, name: str, A: Tensor) -> Tensor:
+    """`concretise` at the input, for a region that is no bounded box."""
+    symmetric = math.isinf(state.region.p)
+    low = -state.region.reach(A if symmetric else -A, state.frame)
+    if not symmetric:
+        low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
+    if not state.rigorous:
+        return low
+    size = state.once("deviation", name, _deviation)
+    return low - state.gamma(math.prod(A.shape[2:]) + 4) * _dot(A, size, size=True)
 
 
 def _deviation(state: State, name: str) -> Tensor:
-    low, high = _offsets(state, name)
-    return torch.maximum(-low, high)
+    """How far the value may lie from its reference."""
+    box, z = state.boxes[name], state.env[name]
+    return torch.maximum(z - box.lower, box.upper - z)
 
 
 def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
@@ -220,20 +227,27 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
     return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
 
 
-def _dot(A: Tensor, v: Tensor) -> Tensor:
-    """Σ over features of A (S, B, ...) times v (B, ...): (S, B)."""
+def _dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
+    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
     rows, vector = flat(A, 2), flat(v)
-    if rows.shape[1] == 1:
-        return (rows[:, 0] @ vector[0]).unsqueeze(1)
-    return torch.matmul(rows.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T
+    single = vector.shape[0] == 1
+    if single or A.device.type != "cpu":
+        rows = (rows.abs() if size else rows).transpose(0, 1)
+        product = torch.bmm(rows, vector.unsqueeze(-1))
+        return product.squeeze(0) if single else product.squeeze(-1).T
+    # many products with one column each are slow on a CPU; these passes stay in the cache
+    step = max(1, PIECE // (vector.numel() * vector.itemsize))
+    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
+    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
 
 
 # -- affine -------------------------------------------------------------------------------------------------
 
 
-def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Tensor | None]:
+def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
+    node, active = step.node, step.perturbed
+    kind: Affine = step.kind  # type: ignore[assignment]
     args, kwargs = state.arguments(node)
-    active = [i for i, name in enumerate(node.operands) if name in state.network.graph.active]
     noise = _affine_noise(state, kind, node)
     bias: Tensor | None = None
     parts: Parts = {}
@@ -248,7 +262,7 @@ def _affine(state: State, kind: Affine, node: Node, A: Rows) -> tuple[Parts, Ten
             return parts, bias
         A = patches.dense(A, node.shape)
     if noise is not None:
-        bias = -_dot(A.abs(), noise)
+        bias = -_dot(A, noise, size=True)
     stacked = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
@@ -295,27 +309,20 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
         with torch.no_grad():
             if kind.magnitude is not None:
                 return gamma * kind.magnitude(1.0, *at(args, sizes), **kwargs)
-            absolute = [_absolute(a) for a in at(args, sizes)]
-            size: Tensor = node.op(*absolute, **kwargs)
+            size: Tensor = node.op(*absolute(at(args, sizes)), **kwargs)
             return gamma * size
 
     return state.once("noise", node.name, make)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(v) for v in value]
-    return value.abs() if isinstance(value, Tensor) else absolute_number(value)
 
 
 # -- activations --------------------------------------------------------------------------------------------
 
 
 class _Relaxed(NamedTuple):
-    """Lines in deviations from the reference: slope mid ∓ half, offset at the reference offset ∓ gap."""
+    """Lines in deviations from the reference: slope mid ∓ bend/2, offset at the reference offset ∓ gap/2."""
 
     mid: Tensor
-    half: Tensor
+    bend: Tensor
     offset: Tensor
     gap: Tensor
 
@@ -325,9 +332,11 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
     z, out = args[0], state.env[node.name]
     box = state.boxes[node.operands[0]]
     lines: Lines = kind.relax(box, *args[1:], **kwargs)
-    low = lines.lower_slope * z + lines.lower_offset - out
-    high = lines.upper_slope * z + lines.upper_offset - out
-    gap = (high - low) * 0.5
+    low = torch.addcmul(lines.lower_offset - out, lines.lower_slope, z)
+    high = torch.addcmul(lines.upper_offset - out, lines.upper_slope, z)
+    gap, bend = high - low, lines.upper_slope - lines.lower_slope
+    mid = torch.add(lines.lower_slope, bend, alpha=0.5)
+    offset = torch.add(low, gap, alpha=0.5)
     if state.rigorous:
         with torch.no_grad():
             size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
@@ -335,43 +344,40 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
             offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
             # the lines themselves, and the sums over all neurons that their offsets will enter
             rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
-            gap = gap + rounding + state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
-    return _Relaxed(
-        (lines.lower_slope + lines.upper_slope) * 0.5,
-        (lines.upper_slope - lines.lower_slope) * 0.5,
-        (low + high) * 0.5,
-        gap,
-    )
+            sums = state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
+            gap = gap + 2 * (rounding + sums)
+    return _Relaxed(mid, bend, offset, gap)
 
 
 def _activation(
     state: State, kind: Activation, node: Node, A: Rows, split: bool
 ) -> tuple[Parts, Tensor]:
-    """A ↦ A·mid − |A|·half; with ``split`` the negative rows too, which share both products."""
+    """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
         looked = _look(state, f"lines of {node.name}", maps, A)
-        mid, half, offset, gap = looked.chunk(4, 2)
+        mid, bend, offset, gap = looked.chunk(4, 2)
         data, size = A.data, A.data.abs()
         straight = (data * offset).flatten(2).sum(-1)
         loss = (size * gap).flatten(2).sum(-1)
     else:
-        mid, half, offset, gap = _lines(state, kind, node.name)
+        mid, bend, offset, gap = _lines(state, kind, node.name)
         data, size = A, A.abs()
         straight, loss = _dot(A, offset), _dot(size, gap)
     along = data * mid
     if not split:
-        rows, bias = along.addcmul_(size, half, value=-1.0), straight - loss
+        rows = along.addcmul_(size, bend, value=-0.5)
+        bias = torch.sub(straight, loss, alpha=0.5)
         return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
-    bent = size * half
-    rows = torch.cat([along - bent, -along - bent])
-    bias = torch.cat([straight - loss, -straight - loss])
+    bent = size * (-0.5 * bend)
+    rows = torch.cat([along + bent, bent - along])
+    bias = torch.cat([straight - 0.5 * loss, -straight - 0.5 * loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
 
 
-def _dense_linear_before(state: State, kind: Kind, node: Node, A: Rows) -> Node | None:
+def _dense_linear_before(state: State, node: Node, rows: int) -> Node | None:
     """The linear layer that feeds an activation, where `_activation_and_linear` can take both steps."""
-    if not isinstance(kind, Activation) or isinstance(A, Patch) or state.batch > 1 or len(A) < MANY:
+    if state.batch > 1 or rows < MANY:
         return None
     before = state.network.graph.node.get(node.operands[0])
     if before is None or before.op is not F.linear or torch.is_grad_enabled():
@@ -384,31 +390,35 @@ def _activation_and_linear(
 ) -> tuple[Parts, Tensor]:
     """Both steps for the rows of one example, over the neurons that count: inactive ones have no column in the
     product, and only unstable ones bend, so the two sides of an element share the product with all others."""
-    mid, half, offset, gap = (v[0] for v in _lines(state, kind, node.name))
+    mid, bend, offset, gap = (v[0] for v in _lines(state, kind, node.name))
     key = (f"columns of {node.name}", "table")
     if key not in state.cache:
-        live = torch.nonzero((mid != 0) | (half != 0)).flatten()
-        bent = torch.nonzero(half[live]).flatten()
-        weight = state.arguments(linear)[0][1][live]
-        state.cache[key] = live, bent, weight, weight[bent]
+        bent = torch.nonzero(bend).flatten()
+        live = torch.nonzero((mid != 0) | (bend != 0)).flatten()
+        weight = state.arguments(linear)[0][1]
+        picked = weight.index_select(0, live), weight.index_select(0, bent)
+        state.cache[key] = live, bent, *picked
     live, bent, weight, bent_weight = state.cache[key]
     rows, size = A[:, 0], A[:, 0].abs()
-    straight, loss = rows @ offset, size @ gap
-    along = rows[:, live] * mid[live]
-    bend = size[:, live[bent]] * half[live[bent]]
+    straight, loss = rows @ offset, size @ (0.5 * gap)
+    along = rows * mid
+    change = size.index_select(1, bent) * (-0.5 * bend[bent]) if split else None
+    if change is None:
+        along.addcmul_(size, bend, value=-0.5)
+    along = along.index_select(1, live)
     noise = _affine_noise(state, AFFINE[F.linear], linear)
     if noise is not None:
-        loss = loss + along.abs() @ noise[0, live] + bend.abs() @ noise[0, live[bent]]
-    if split:
-        common, change = along @ weight, bend @ bent_weight
-        found = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
-        torch.sub(common, change, out=found[: len(A)])
-        torch.add(common, change, out=found[len(A) :]).neg_()
-        bias = torch.cat([straight - loss, -straight - loss])
-    else:
-        along[:, bent] -= bend
-        found, bias = along @ weight, straight - loss
-    return {0: found.unsqueeze(1)}, bias.unsqueeze(1)
+        loss = loss + along.abs() @ noise[0, live]
+        if change is not None:
+            loss = loss + change.abs() @ noise[0, bent]
+    found = along @ weight
+    if change is None:
+        return {0: found.unsqueeze(1)}, (straight - loss).unsqueeze(1)
+    bends = change @ bent_weight
+    both = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
+    torch.add(bends, found, out=both[: len(A)])
+    torch.sub(bends, found, out=both[len(A) :])
+    return {0: both.unsqueeze(1)}, torch.cat([straight - loss, -straight - loss]).unsqueeze(1)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
@@ -419,11 +429,12 @@ def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
 # -- products and maxima -----------------------------------------------------------------------------------------
 
 
-def _bilinear(state: State, _kind: Bilinear, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+def _bilinear(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
     """McCormick: of the two planes on each side, the one that is clearly tighter at the reference.
 
     At the middle of the box they tie, and rounding must not decide.
     """
+    node = step.node
     (x, y), _ = state.arguments(node)
     out = state.env[node.name]
     xl, xu = state.boxes[node.operands[0]]
@@ -444,7 +455,7 @@ def _bilinear(state: State, _kind: Bilinear, node: Node, A: Tensor) -> tuple[Par
     gamma = state.gamma(out[0].numel() + 16)
     if gamma:
         xm, ym = torch.maximum(xl.abs(), xu.abs()), torch.maximum(yl.abs(), yu.abs())
-        bias = bias - _dot(A.abs(), gamma * 4 * (xm * ym + out.abs()))
+        bias = bias - _dot(A, gamma * 4 * (xm * ym + out.abs()), size=True)
     parts: Parts = {}
     for i, slope in enumerate((0, 1)):
         rows = plus * low[slope] + minus * high[slope]
@@ -502,7 +513,9 @@ def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
     return _Windows(low_at, low_gap, high_at, slope, high_gap)
 
 
-def _extremum(state: State, kind: Extremum, node: Node, A: Tensor) -> tuple[Parts, Tensor | None]:
+def _extremum(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
+    node = step.node
+    kind: Extremum = step.kind  # type: ignore[assignment]
     w = state.once("windows", node.name, lambda s, _: _windows(s, kind, node))
     rows = flat(A, 2)
     plus, minus = rows.clamp_min(0), rows.clamp_max(0)

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from calipers.errors import UnsupportedOp
-from calipers.graph.graph import Network, Node, bind, resolve
-from calipers.ops import Kind, facts
+from calipers.graph.graph import Graph, Network, Node, bind, resolve
+from calipers.ops import Facts, Kind, facts
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
 
 T = TypeVar("T")
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
 CACHE = 8 << 20  # on a CPU, backward rows are worked on in pieces of this many bytes: it is faster
+PIECE = 1 << 19  # and passes over their elements in pieces of this many
 
 
 @dataclass(eq=False)
@@ -33,6 +34,7 @@ class State:
     """One bound computation over a batch of regions. ``boxes`` and ``cache`` fill as it goes.
 
     Args:
+        facts: what the op table says about the graph.
         env: parameters, constants and the reference, by value name.
         frame: the region in the working dtype.
         gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
@@ -41,11 +43,13 @@ class State:
 
     network: Network
     region: Region
+    facts: Facts
     env: dict[str, Any]
     frame: Frame
     rigorous: bool
     memory: int
     boxes: dict[str, Interval] = field(default_factory=dict)
+    widths: dict[str, Tensor] = field(default_factory=dict)  # of boxes, where they are at hand
     cache: dict[tuple[str, str], Any] = field(default_factory=dict)
     off_centre: set[str] = field(
         default_factory=set
@@ -60,7 +64,7 @@ class State:
 
     @property
     def batch(self) -> int:
-        return len(self.frame.origin)
+        return self.frame.origin.shape[0]
 
     @property
     def budget(self) -> int:
@@ -77,7 +81,7 @@ class State:
         return 2 * product / (1 - product) if product < 0.5 else math.inf
 
     def kind(self, node: Node) -> Kind:
-        kind = facts(self.network.graph).kinds[node.name]
+        kind = self.facts.kinds[node.name]
         if kind is None:  # `start` has refused such graphs
             raise UnsupportedOp([describe(node)], REMEDY)
         return kind
@@ -115,8 +119,14 @@ class State:
     def change(self, name: str) -> None:
         """Note that a value's interval changes: what was derived from it no longer holds."""
         self.changed.add(name)
+        self.widths.pop(name, None)
         for key in [k for k in self.cache if k[1] in (name, "table")]:
             del self.cache[key]
+
+    def forget(self, name: str) -> None:
+        """Nobody will ask for this value's interval again."""
+        del self.boxes[name], self.env[name]
+        self.widths.pop(name, None)
 
     def part(self, span: slice) -> State:
         """The same computation for some of the examples; views, not copies."""
@@ -124,6 +134,7 @@ class State:
         return State(
             self.network,
             self.region[span],
+            self.facts,
             {k: v[span] if k in active else v for k, v in self.env.items()},
             _cut(self.frame, span),
             self.rigorous,
@@ -145,7 +156,11 @@ def _cut(value: Any, span: slice) -> Any:
 
 def flat(value: Tensor, lead: int = 1) -> Tensor:
     """All but the first ``lead`` dimensions in one (also where there are none)."""
-    return value.reshape(*value.shape[:lead], -1)
+    return value if value.ndim == lead + 1 else value.reshape(*value.shape[:lead], -1)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"
@@ -173,27 +188,26 @@ def start(
         ValueError: the region does not fit the network's input.
     """
     graph = network.graph
-    missing = facts(graph).unsupported
-    if missing:
-        raise UnsupportedOp(dict.fromkeys(describe(n) for n in missing), REMEDY)
-    if tuple(region.center.shape[1:]) != network.input_shape:
+    known = facts(graph)
+    if known.unsupported:
+        raise UnsupportedOp(dict.fromkeys(describe(n) for n in known.unsupported), REMEDY)
+    if region.center.shape[1:] != network.input_shape:
         raise ValueError(
             f"region: examples have shape {tuple(region.center.shape[1:])}, "
             f"the network takes {network.input_shape}"
         )
     working = dtype or network.dtype
     env = bind(graph, network.module, dtype=working, statistics=statistics)
-    _require_eval(env)
+    _require_eval(graph, env)
     if rigorous:
         require_ieee(working, region.center.device)
     frame = region.frame(working)
-    state = State(network, region, env, frame, rigorous, memory or DEFAULT_MEMORY)
+    state = State(network, region, known, env, frame, rigorous, memory or DEFAULT_MEMORY)
     state.boxes[graph.inputs[0]] = frame.hull
     env[graph.inputs[0]] = _center(frame)
-    for node in graph.nodes:
-        if node.name not in graph.active:
-            args, kwargs = state.arguments(node)
-            env[node.name] = node.op(*args, **kwargs)
+    for node in known.fixed:
+        args, kwargs = state.arguments(node)
+        env[node.name] = node.op(*args, **kwargs)
     return state
 
 
@@ -235,8 +249,8 @@ def require_ieee(dtype: torch.dtype, device: torch.device) -> None:
         )
 
 
-def _require_eval(env: Mapping[str, Any]) -> None:
-    active = [name[1:].removesuffix(":training") for name, v in env.items() if v is True]
+def _require_eval(graph: Graph, env: Mapping[str, Any]) -> None:
+    active = [name for value, name in graph.modes.items() if env[value]]
     if active:
         raise ValueError(
             f"network: {', '.join(active)} in training mode: the output of one example then depends on others; "
@@ -245,21 +259,28 @@ def _require_eval(env: Mapping[str, Any]) -> None:
 
 
 def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
-    """C as rows (M, B, K) and d as (M, B), in the working dtype."""
+    """C and d in the working dtype."""
     outputs = state.shape(state.network.graph.output)
     if len(outputs) != 1 or spec.C.shape[0] != state.batch or spec.C.shape[2] != outputs[0]:
         raise ValueError(
             f"spec: C has shape {tuple(spec.C.shape)}, expected ({state.batch}, M, {outputs[0]}) "
             "for this batch and network"
         )
-    device = state.frame.origin.device
-    C = spec.C.to(device=device, dtype=state.dtype)
-    return C.transpose(0, 1), spec.d.to(device=device, dtype=state.dtype).transpose(0, 1)
+    like = state.frame.origin
+    return spec.C.to(like), spec.d.to(like)
 
 
-def absolute_number(value: Any) -> Any:
-    """|value| of a scalar operand; whatever else an op takes as it is."""
-    return abs(value) if type(value) in (int, float) else value
+def absolute(args: Sequence[Any]) -> list[Any]:
+    """Every tensor and number of ``args`` by absolute value, also inside lists; whatever else as it is."""
+
+    def visit(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item.abs()
+        if isinstance(item, list):
+            return [visit(i) for i in item]
+        return abs(item) if type(item) in (int, float) else item
+
+    return [visit(a) for a in args]
 
 
 def at(args: Sequence[Any], values: Mapping[int, Any]) -> list[Any]:

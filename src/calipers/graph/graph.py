@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from calipers.errors import CaptureError
 
 T = TypeVar("T")
+TRAINING = ":training"
 Rule = Callable[["Node", Sequence[Any], Mapping[str, Any]], T]
 
 
@@ -58,14 +58,21 @@ class Node:
         return tuple(_refs((self.args, tuple(self.kwargs.values()))))
 
     @cached_property
-    def slots(self) -> tuple[int, ...]:
-        """Which of ``args`` hold values of the graph; the others are plain."""
-        return tuple(i for i, a in enumerate(self.args) if next(iter(_refs(a)), None) is not None)
+    def slots(self) -> tuple[tuple[int, str], ...]:
+        """Which of ``args`` are values of the graph, and which values."""
+        return tuple((i, a.name) for i, a in enumerate(self.args) if type(a) is Ref)
+
+    @cached_property
+    def lists(self) -> tuple[int, ...]:
+        """Which of ``args`` hold values of the graph inside lists."""
+        return tuple(i for i, a in enumerate(self.args) if type(a) is not Ref and any(_refs(a)))
 
     def fill(self, env: Mapping[str, Any]) -> list[Any]:
         """``args`` with every `Ref` replaced by what ``env`` holds for it."""
         args = list(self.args)
-        for i in self.slots:
+        for i, name in self.slots:
+            args[i] = env[name]
+        for i in self.lists:
             args[i] = resolve(args[i], env)
         return args
 
@@ -103,6 +110,18 @@ class Graph:
     @cached_property
     def position(self) -> Mapping[str, int]:
         return {node.name: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
+    def reads(self) -> tuple[tuple[str, str, Callable[[Any], Any]], ...]:
+        """The tensors that `bind` looks up in a module: value, dotted name, and how to read it."""
+        names = ((v, n) for v, n in self.params.items() if not n.endswith(TRAINING))
+        return tuple((value, name, operator.attrgetter(name)) for value, name in names)
+
+    @cached_property
+    def modes(self) -> Mapping[str, str]:
+        """The values that are training flags, and the dotted names of the modules that have them."""
+        names = self.params.items()
+        return {v: n.removesuffix(TRAINING) for v, n in names if n.endswith(TRAINING)}
 
     @cached_property
     def widest(self) -> int:
@@ -182,21 +201,17 @@ def bind(
         CaptureError: the module has no such attribute, so it is not the one that was captured.
     """
     replaced = statistics or {}
-    frozen = {name.rpartition(".")[0] for name in replaced}
     env: dict[str, Any] = {}
-    for value, name in graph.params.items():
-        try:
-            if name.endswith(":training"):
-                owner = name.removesuffix(":training")
-                env[value] = owner not in frozen and module.get_submodule(owner).training
-            else:
-                env[value] = _cast(
-                    replaced[name] if name in replaced else operator.attrgetter(name)(module), dtype
-                )
-        except AttributeError as error:
-            raise CaptureError(
-                f"parameter {name!r} is missing: capture the module again ({error})"
-            ) from None
+    try:
+        for value, name, read in graph.reads:
+            env[value] = _cast(replaced[name] if name in replaced else read(module), dtype)
+        frozen = {name.rpartition(".")[0] for name in replaced}
+        for value, name in graph.modes.items():
+            env[value] = name not in frozen and module.get_submodule(name).training
+    except AttributeError as error:
+        raise CaptureError(
+            f"parameter {name!r} is missing: capture the module again ({error})"
+        ) from None
     for value, tensor in graph.constants.items():
         env[value] = _cast(tensor, dtype)
     return env
@@ -238,15 +253,12 @@ class Network:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its floating-point parameters (float32 if it has none)."""
-        names = (name for name in self.graph.params.values() if not name.endswith(":training"))
-        for tensor in chain(
-            (operator.attrgetter(name)(self.module) for name in names),
-            self.graph.constants.values(),
-        ):
-            if tensor.is_floating_point():
-                dtype: torch.dtype = tensor.dtype
+        for _, _, read in self.graph.reads:
+            dtype: torch.dtype = read(self.module).dtype
+            if dtype.is_floating_point:
                 return dtype
-        return torch.float32
+        dtypes = (tensor.dtype for tensor in self.graph.constants.values())
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
     @property
     def device(self) -> torch.device:

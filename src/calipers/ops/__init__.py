@@ -58,34 +58,61 @@ def kind_of(graph: Graph, node: Node) -> Kind | None:
 
 
 @dataclass(frozen=True)
+class Step:
+    """An active node as bounds read it.
+
+    Args:
+        perturbed: the numbers of the operands that depend on the input.
+        reads: their names.
+    """
+
+    node: Node
+    kind: Kind | None
+    perturbed: tuple[int, ...]
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What the table says about one graph.
 
     Args:
+        steps: every active node in order.
+        fixed: the other nodes.
         kinds: of every active node, by name.
         unsupported: the nodes that bounds cannot read.
         tail: the active values from which only affine ops lead to the output.
-        heads: the values that the tail reads, and the input.
+        kept: the tail, and what it reads; with the input and the output, all that interval bounds need to keep.
     """
 
+    steps: tuple[Step, ...]
+    fixed: tuple[Node, ...]
     kinds: Mapping[str, Kind | None]
     unsupported: tuple[Node, ...]
     tail: frozenset[str]
-    heads: frozenset[str]
+    kept: frozenset[str]
+
+
+def _step(graph: Graph, node: Node) -> Step:
+    perturbed = tuple(i for i, name in enumerate(node.operands) if name in graph.active)
+    return Step(node, kind_of(graph, node), perturbed, tuple(node.operands[i] for i in perturbed))
 
 
 def facts(graph: Graph) -> Facts:
     """Looked up once per graph (and again after `register`)."""
     known = _KNOWN.get(graph)
     if known is None:
-        kinds = {n.name: kind_of(graph, n) for n in graph.nodes if n.name in graph.active}
+        active = graph.active
+        steps = tuple(_step(graph, node) for node in graph.nodes if node.name in active)
+        fixed = tuple(node for node in graph.nodes if node.name not in active)
+        kinds = {step.node.name: step.kind for step in steps}
         missing = tuple(graph.node[name] for name, kind in kinds.items() if kind is None)
         tail: set[str] = set()
         wanted = {graph.output}
         for node in reversed(graph.nodes):
             if node.name in wanted and isinstance(kinds.get(node.name), Affine):
                 tail.add(node.name)
-                wanted |= set(node.operands) & graph.active
-        heads = frozenset(wanted - tail) | set(graph.inputs)
-        known = _KNOWN[graph] = Facts(kinds, missing, frozenset(tail), heads)
+                wanted |= set(node.operands) & active
+        kept = frozenset(wanted | set(graph.inputs))
+        known = _KNOWN[graph] = Facts(steps, fixed, kinds, missing, frozenset(tail), kept)
     return known

@@ -58,9 +58,10 @@ def _one_sided(x: Interval, *_: Any) -> Tensor:
 def _relu_relax(x: Interval) -> Lines:
     """The chord above; below, slope 1 where u > −l and 0 elsewhere. Stable neurons fall out as 1 or 0."""
     l, u = x
-    below, above = l.clamp_max(0.0), u.clamp_min(0.0)
-    slope = above / (above - below).clamp_min(torch.finfo(l.dtype).tiny)
-    return Lines((u > -l).to(l.dtype), torch.zeros_like(l), slope, -slope * below)
+    down = -l
+    below, above = down.clamp_min(0.0), u.clamp_min(0.0)
+    slope = above / (above + below).clamp_min(torch.finfo(l.dtype).tiny)
+    return Lines((u > down).to(l.dtype), torch.zeros_like(l), slope, slope * below)
 
 
 def _leaky_image(x: Interval, slope: float = 0.01) -> Interval:
