@@ -22,7 +22,7 @@ from rich.text import Text
 
 from calipers.attacks import ATTACKS
 from calipers.bounds import BOUNDS
-from calipers.data import Data, load
+from calipers.data import Data, load, load_mask
 from calipers.errors import ModelError, unknown_name
 from calipers.evaluate import audit as run_audit
 from calipers.evaluate import explain as run_explain
@@ -50,6 +50,8 @@ class Subject:
     data_dir: Path | None
     norm: str
     eps: str
+    grid: str | None = None
+    mask: Path | None = None
 
     @property
     def name(self) -> str:
@@ -60,9 +62,12 @@ class Subject:
         """Cheapest first, so that a typing error shows at once."""
         if self.norm not in NORMS:
             raise unknown_name("norm", self.norm, NORMS)
-        ThreatModel(NORMS[self.norm], self.eps)
+        mask = None if self.mask is None else load_mask(self.mask)
+        ThreatModel(NORMS[self.norm], self.eps, mask=mask, grid=self.grid)
         data = load(self.data, data_dir=self.data_dir)
-        threat = ThreatModel(NORMS[self.norm], self.eps, data.lower, data.upper)
+        threat = ThreatModel(
+            NORMS[self.norm], self.eps, data.lower, data.upper, mask=mask, grid=self.grid
+        )
         shape = shape_of(self.input_shape) or tuple(data.x.shape[1:])
         return load_model(self.model or DEFAULT_MODEL, self.weights, shape), data, threat
 

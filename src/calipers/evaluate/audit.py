@@ -21,6 +21,7 @@ from calipers.evaluate.result import Audit
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, evaluating
+from calipers.grid import to_grid
 from calipers.sets import ThreatModel
 
 
@@ -79,7 +80,7 @@ def audit(
         agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
         if not isinstance(runtime, str):
             agreeing["onnxruntime"] = runtime
-        x, y = part.x.to(network.device, network.dtype), part.y.to(network.device)
+        x, y = inputs(part.x, network, threat), part.y.to(network.device)
         checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
         identity = {
             "calipers": __version__,
@@ -128,11 +129,26 @@ def as_data(data: Data | tuple[Tensor, Tensor]) -> Data:
     return checked(*data, name="data", lower=-math.inf, upper=math.inf)
 
 
+def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
+    """``x`` as the network takes it: on its device, in its dtype, grid points as grid points of that dtype.
+
+    Raises:
+        DataError: the threat model has a grid and ``x`` is not on it.
+    """
+    moved = x.to(network.device, network.dtype)
+    if threat.grid is None or moved.dtype == x.dtype:
+        return moved
+    for part in batches(x):
+        threat.around(part)
+    return to_grid(moved, threat.grid)
+
+
 def _threat(threat: ThreatModel) -> str:
     """The threat model as a string that tells any two apart."""
     parts = (
         f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
-        for name, v in (("eps", threat.eps), ("lower", threat.lower), ("upper", threat.upper))
+        for name, v in vars(threat).items()
+        if name != "p" and v is not None
     )
     return f"p={float(threat.p):g} {' '.join(parts)}"
 

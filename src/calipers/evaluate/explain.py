@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from calipers.bracket import Bracket
 from calipers.data import Data
 from calipers.errors import UnsupportedOp
-from calipers.evaluate.audit import as_data
+from calipers.evaluate.audit import as_data, inputs
 from calipers.evaluate.cascade import Side, Stage, default_cascade
 from calipers.evaluate.checks import check
 from calipers.evaluate.fold import Job, measure
@@ -74,7 +74,7 @@ def explain(
         raise ValueError(f"index: {index} is outside 0..{len(whole) - 1}")
     x, y = whole.x[index : index + 1], whole.y[index : index + 1]
     network = model if isinstance(model, Network) else capture(model, x)
-    x, y = x.to(network.device, network.dtype), y.to(network.device)
+    x, y = inputs(x, network, threat), y.to(network.device)
     with evaluating(network.module):
         checks = check(network, x, y, threat, allow_softmax=True)
         job = Job(network, x, y, threat, seed)

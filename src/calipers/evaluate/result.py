@@ -16,6 +16,7 @@ from torch import Tensor
 from calipers.bracket import Bracket, Verdict
 from calipers.data import Data
 from calipers.evaluate.statistics import clopper_pearson
+from calipers.grid import spacing
 from calipers.sets import Number, ThreatModel
 
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ class Audit:
                 "eps": _plain(self.threat.eps),
                 "lower": _plain(self.threat.lower),
                 "upper": _plain(self.threat.upper),
+                "grid": None if self.threat.grid is None else str(spacing(self.threat.grid)),
+                "free": None if self.threat.mask is None else int(self.threat.mask.sum()),
             },
             "methods": [
                 {

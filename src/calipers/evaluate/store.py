@@ -36,7 +36,10 @@ CREATE TABLE IF NOT EXISTS unit (
 ) WITHOUT ROWID
 """
 # the sources that decide what a stored number means; reports and the command line may change freely
-_MEASURING = ("attacks", "bounds", "graph", "ops", "bracket.py", "seeds.py", "sets.py", "spec.py")
+_MEASURING = (
+    *("attacks", "bounds", "graph", "ops", "bracket.py", "grid.py", "rounding.py", "searches.py"),
+    *("seeds.py", "sets.py", "spec.py"),
+)
 
 
 def write_atomically(path: str | Path, content: str) -> None:
