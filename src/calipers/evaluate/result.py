@@ -169,14 +169,7 @@ class Audit:
             "confidence_95": self.confidence and {k: list(v) for k, v in self.confidence.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
-            "threat": {
-                "norm": NORM[float(self.threat.p)],
-                "eps": _plain(self.threat.eps),
-                "lower": _plain(self.threat.lower),
-                "upper": _plain(self.threat.upper),
-                "grid": None if self.threat.grid is None else str(spacing(self.threat.grid)),
-                "free": None if self.threat.mask is None else int(self.threat.mask.sum()),
-            },
+            "threat": _threat(self.threat),
             "methods": [
                 {
                     "name": r.name,
@@ -209,6 +202,17 @@ class Audit:
         from calipers.evaluate.store import write_atomically
 
         write_atomically(path, render(self))
+
+
+def _threat(threat: ThreatModel) -> dict[str, Any]:
+    """The threat model as JSON: ``grid`` and ``free`` (how many features of the mask may change) only where set."""
+    sides = {name: _plain(getattr(threat, name)) for name in ("eps", "lower", "upper")}
+    optional = {
+        "grid": None if threat.grid is None else str(spacing(threat.grid)),
+        "free": None if threat.mask is None else int(threat.mask.sum()),
+    }
+    given = {k: v for k, v in optional.items() if v is not None}
+    return {"norm": NORM[float(threat.p)], **sides, **given}
 
 
 def _plain(value: Number | Tensor) -> Any:
