@@ -15,7 +15,7 @@ from calipers import __version__
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
-from calipers.evaluate.checks import batches, check, onnxruntime_replica
+from calipers.evaluate.checks import batches, check, onnxruntime_replica, overlaps
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.result import Audit
 from calipers.evaluate.store import Store, code_digest, model_digest
@@ -82,6 +82,7 @@ def audit(
             agreeing["onnxruntime"] = runtime
         x, y = inputs(part.x, network, threat), part.y.to(network.device)
         checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
+        overlap = overlaps(x, y, threat)
         identity = {
             "calipers": __version__,
             "code": code_digest(),
@@ -101,7 +102,11 @@ def audit(
             bracket, rows, stopped, cut = fold(job, stages, store)
         adversarial = _predictions(network, bracket, checks.logits)
     earlier = sum(r.stored for r in rows)
-    notes = (*checks.notes, *((runtime,) if isinstance(runtime, str) else ()))
+    notes = (
+        *checks.notes,
+        *((runtime,) if isinstance(runtime, str) else ()),
+        *((overlap.note(part.y, threat, positions),) if overlap else ()),
+    )
     return Audit(
         threat=threat,
         data=part,
