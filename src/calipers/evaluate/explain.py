@@ -21,6 +21,7 @@ from calipers.evaluate.fold import Job, measure
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, evaluating
 from calipers.sets import ThreatModel
+from calipers.work import counting
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -28,13 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Value:
-    """What one method says: a lower end (``bound``) or an upper end (``attack``), ∓inf where it says nothing."""
+    """What one method says: a lower end (``bound``) or an upper end (``attack``), ∓inf where it says nothing.
+
+    ``work`` counts passes of the network (`calipers.work`), 0 where the method does not count.
+    """
 
     name: str
     side: Side
     margin: float
     seconds: float
     note: str = ""
+    work: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +102,13 @@ def explain(
 def _value(job: Job, stage: Stage) -> tuple[Value, Bracket]:
     begin = time.perf_counter()
     note = ""
-    try:
-        part = measure(job, stage, torch.tensor([0], device=job.x.device))
-    except UnsupportedOp as error:
-        part, note = Bracket.unknown(1), f"skipped: {error}"
+    with counting() as work:
+        try:
+            part = measure(job, stage, torch.tensor([0], device=job.x.device))
+        except UnsupportedOp as error:
+            part, note = Bracket.unknown(1), f"skipped: {error}"
     took = time.perf_counter() - begin
     margin = (part.lower if stage.side == "bound" else part.upper).item()
     if math.isinf(margin) and not note:
         note = "no statement"
-    return Value(stage.name, stage.side, margin, took, note), part
+    return Value(stage.name, stage.side, margin, took, note, work.passes), part

@@ -29,6 +29,7 @@ from calipers.graph.graph import Network
 from calipers.seeds import seeds as example_seeds
 from calipers.sets import ThreatModel
 from calipers.spec import Spec
+from calipers.work import counted, counting
 
 CHUNK = 100  # examples a batch at most
 SLICE = 5.0  # seconds a batch should last at most: what a kill can lose, and how often progress is reported
@@ -119,7 +120,7 @@ class _Run:
     ) -> None:
         self.job, self.stage, self.store, self.before, self.todo = job, stage, store, bracket, todo
         self.done: list[tuple[Tensor, Bracket]] = []
-        self.seconds = self.stored = 0.0
+        self.seconds = self.stored = self.work = 0.0
         self.tried = self.restored = 0
         self.note = ""
         self.stopped: str | None = None
@@ -152,6 +153,7 @@ class _Run:
             decided=decided,
             note=self.note or {"time": "stopped by time"}.get(str(self.stopped), self.stopped or ""),
             stored=self.stored,
+            work=self.work,
         )  # fmt: skip
         return bracket, row, self.todo[~torch.isin(self.todo, tried)]
 
@@ -160,6 +162,7 @@ class _Run:
         if found:
             rows, part, self.stored = found
             self.seconds += self.stored
+            self.work += sum(e.work for e in part.lower_evidence if e)
             self.done.append((torch.tensor(rows), part))
             self._count(part)
             self.restored = self.tried = len(rows)
@@ -183,14 +186,17 @@ class _Run:
 
     def _measure(self, rows: Tensor) -> None:
         begin = time.perf_counter()
-        part = measure(self.job, self.stage, rows.to(self.job.x.device))
+        with counting() as work:
+            part = measure(self.job, self.stage, rows.to(self.job.x.device))
         took = time.perf_counter() - begin
-        evidence = (Evidence(self.stage.name, took / len(rows)),) * len(rows)
+        share = Evidence(self.stage.name, took / len(rows), work.passes / len(rows))
+        evidence = (share,) * len(rows)
         part = replace(part, lower_evidence=evidence, upper_evidence=evidence)
         if self.store:
-            self.store.add(self.stage.name, rows.tolist(), part, took)
+            self.store.add(self.stage.name, rows.tolist(), part, took, work.passes)
         self.done.append((rows, part))
         self.seconds += took
+        self.work += work.passes
         self.tried += len(rows)
         self._count(part)
         if self.job.progress:
@@ -220,8 +226,9 @@ def measure(job: Job, stage: Stage, rows: Tensor) -> Bracket:
             values = stage.method(job.network, region, spec, dtype=dtype, rigorous=True)
         return Bracket.from_bound(spec.margin(values), Evidence(stage.name))
     seeds = example_seeds(x, job.seed, stage.name)
-    points = stage.method(job.network, region, spec, dtype=x.dtype, seeds=seeds)
-    return witness(job.network, region, spec, points, replicas=job.replicas)
+    model = counted(job.network)
+    points = stage.method(model, region, spec, dtype=x.dtype, seeds=seeds)
+    return witness(model, region, spec, points, replicas=job.replicas)
 
 
 def _join(parts: Sequence[Bracket]) -> Bracket:

@@ -31,6 +31,7 @@ class Row:
 
     Args:
         stored: the part of ``seconds`` spent in earlier, interrupted calls.
+        work: passes of the network, summed over examples (`calipers.work`); 0 where a method does not count.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Row:
     decided: int = 0
     note: str = ""
     stored: float = 0.0
+    work: float = 0.0
+
+    @property
+    def passes(self) -> str:
+        """Passes per example, for people."""
+        return f"{self.work / self.tried:.1f}" if self.work and self.tried else "–"
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +184,7 @@ class Audit:
                     "tried": r.tried,
                     "decided": r.decided,
                     "seconds": r.seconds,
+                    "work": r.work,
                     "note": r.note,
                 }
                 for r in self.methods
