@@ -121,6 +121,10 @@ def audit(
     allow_softmax: Annotated[
         bool, typer.Option("--allow-softmax", help="Measure a model that returns probabilities.")
     ] = False,
+    deployed: Annotated[
+        bool,
+        typer.Option("--deployed", help="Certify the network as it runs, its rounding included."),
+    ] = False,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
@@ -135,6 +139,7 @@ def audit(
         report=report,
         seed=seed,
         allow_softmax=allow_softmax,
+        deployed=deployed,
     )
     if interrupted:
         raise typer.Exit(130)

@@ -83,6 +83,7 @@ def audit(
     report: Path | None,
     seed: int,
     allow_softmax: bool,
+    deployed: bool,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -105,6 +106,7 @@ def audit(
             cascade=None if names is None else select(names, network),
             progress=show,
             allow_softmax=allow_softmax,
+            deployed=deployed,
             name=subject.name,
         )
     _console().print(result.table())

@@ -24,6 +24,10 @@ from calipers.graph.graph import Network, evaluating
 from calipers.grid import to_grid
 from calipers.sets import ThreatModel
 
+DEPLOYED = (
+    "certified (deployed): also of the network as it runs in {}, whatever the order of its sums"
+)
+
 
 def audit(
     model: Network | nn.Module,
@@ -38,6 +42,7 @@ def audit(
     progress: Callable[[Progress], None] | None = None,
     replicas: Sequence[Model] = (),
     allow_softmax: bool = False,
+    deployed: bool = False,
     chunk: int = CHUNK,
     name: str = "",
 ) -> Audit:
@@ -56,6 +61,8 @@ def audit(
         progress: called after each batch.
         replicas: further evaluations that must agree before an example counts as broken.
         allow_softmax: see `calipers.evaluate.checks.check`.
+        deployed: certify the network as it runs, not only its parameters: from every lower bound the forward pass's
+            worst rounding is subtracted (`calipers.bounds.deployed`).
         chunk: examples a batch at most.
         name: what to call the model in the report.
 
@@ -91,13 +98,15 @@ def audit(
             "threat": _threat(threat),
             "seed": seed,
             "replicas": list(agreeing),
+            "deployed": deployed,
             "cascade": [stage.describe() for stage in stages],
         }
         deadline = math.inf if seconds is None else begin + seconds
         keep = nullcontext() if run is None else Store(run, identity)
         with keep as store, interruptible() as pressed:
             job = Job(
-                network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed
+                network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
+                deployed,
             )  # fmt: skip
             bracket, rows, stopped, cut = fold(job, stages, store)
         adversarial = _predictions(network, bracket, checks.logits)
@@ -106,6 +115,7 @@ def audit(
         *checks.notes,
         *((runtime,) if isinstance(runtime, str) else ()),
         *((overlap.note(part.y, threat, positions),) if overlap else ()),
+        *((DEPLOYED.format(str(x.dtype).removeprefix("torch.")),) if deployed else ()),
     )
     return Audit(
         threat=threat,
@@ -124,6 +134,7 @@ def audit(
         notes=notes,
         differences=dict(checks.differences),
         identity=identity,
+        deployed=deployed,
     )
 
 

@@ -20,6 +20,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from calipers.bounds.deployed import deviation
 from calipers.bracket import Bracket, Evidence, Model, Verdict, witness
 from calipers.errors import UnsupportedOp
 from calipers.evaluate.cascade import Stage
@@ -61,6 +62,7 @@ class Job:
     deadline: float = math.inf
     progress: Callable[[Progress], None] | None = None
     pressed: Callable[[], bool] = lambda: False
+    deployed: bool = False
 
 
 def _unknown(bracket: Bracket) -> Tensor:
@@ -224,6 +226,8 @@ def measure(job: Job, stage: Stage, rows: Tensor) -> Bracket:
             # float32 sums have a known error bound on a CPU only
             dtype = stage.dtype if x.device.type == "cpu" else torch.float64
             values = stage.method(job.network, region, spec, dtype=dtype, rigorous=True)
+            if job.deployed:
+                values = values.double() - deviation(job.network, region, spec, dtype=x.dtype)
         return Bracket.from_bound(spec.margin(values), Evidence(stage.name))
     seeds = example_seeds(x, job.seed, stage.name)
     model = counted(job.network)

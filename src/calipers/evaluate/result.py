@@ -63,6 +63,7 @@ class Audit:
         notes: what weakens the result or could not be compared.
         differences: comparison of evaluations -> largest difference of an output.
         identity: versions and content digests, as stored in a run directory.
+        deployed: whether certified speaks of the executed network too, its rounding included.
     """
 
     threat: ThreatModel
@@ -81,6 +82,7 @@ class Audit:
     notes: tuple[str, ...]
     differences: Mapping[str, float]
     identity: Mapping[str, Any]
+    deployed: bool = False
 
     def __len__(self) -> int:
         return len(self.data)
@@ -177,6 +179,7 @@ class Audit:
             "seconds": self.seconds,
             "stopped": self.stopped,
             "threat": _threat(self.threat),
+            "deployed": self.deployed,
             "methods": [
                 {
                     "name": r.name,
