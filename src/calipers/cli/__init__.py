@@ -104,6 +104,9 @@ def audit(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+    ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +143,7 @@ def audit(
         seed=seed,
         allow_softmax=allow_softmax,
         deployed=deployed,
+        memory=memory,
     )
     if interrupted:
         raise typer.Exit(130)

@@ -26,6 +26,7 @@ from calipers.data import Data, load, load_mask
 from calipers.errors import ModelError, unknown_name
 from calipers.evaluate import audit as run_audit
 from calipers.evaluate import explain as run_explain
+from calipers.evaluate.audit import bytes_of
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.store import write_atomically
@@ -84,11 +85,13 @@ def audit(
     seed: int,
     allow_softmax: bool,
     deployed: bool,
+    memory: str | None,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
         if file is not None:
             _writable(option, file.absolute())
+    limit = None if memory is None else bytes_of(memory)
     seconds = None if budget is None else seconds_of(budget)
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if names is not None:
@@ -107,6 +110,7 @@ def audit(
             progress=show,
             allow_softmax=allow_softmax,
             deployed=deployed,
+            memory=limit,
             name=subject.name,
         )
     _console().print(result.table())

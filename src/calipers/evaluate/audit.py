@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from calipers import __version__
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
-from calipers.evaluate.checks import batches, check, onnxruntime_replica, overlaps
+from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.result import Audit
 from calipers.evaluate.store import Store, code_digest, model_digest
@@ -43,6 +44,7 @@ def audit(
     replicas: Sequence[Model] = (),
     allow_softmax: bool = False,
     deployed: bool = False,
+    memory: int | str | None = None,
     chunk: int = CHUNK,
     name: str = "",
 ) -> Audit:
@@ -63,6 +65,8 @@ def audit(
         allow_softmax: see `calipers.evaluate.checks.check`.
         deployed: certify the network as it runs, not only its parameters: from every lower bound the forward pass's
             worst rounding is subtracted (`calipers.bounds.deployed`).
+        memory: working memory to plan for, in bytes or as "2GB"; it cuts bounds into pieces and attacks into batches.
+            One example at a time is the least; the network, the data and the results come on top.
         chunk: examples a batch at most.
         name: what to call the model in the report.
 
@@ -74,6 +78,7 @@ def audit(
         ValueError: an argument is out of range.
     """
     begin = time.perf_counter()
+    limit = None if memory is None else bytes_of(memory)
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
     if chunk < 1:
@@ -89,7 +94,7 @@ def audit(
             agreeing["onnxruntime"] = runtime
         x, y = inputs(part.x, network, threat), part.y.to(network.device)
         checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
-        overlap = overlaps(x, y, threat)
+        overlap = overlaps(x, y, threat, memory=min(limit or OVERLAP_MEMORY, OVERLAP_MEMORY))
         identity = {
             "calipers": __version__,
             "code": code_digest(),
@@ -106,7 +111,7 @@ def audit(
         with keep as store, interruptible() as pressed:
             job = Job(
                 network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
-                deployed,
+                deployed, limit,
             )  # fmt: skip
             bracket, rows, stopped, cut = fold(job, stages, store)
         adversarial = _predictions(network, bracket, checks.logits)
@@ -143,6 +148,24 @@ def as_data(data: Data | tuple[Tensor, Tensor]) -> Data:
     if isinstance(data, Data):
         return data
     return checked(*data, name="data", lower=-math.inf, upper=math.inf)
+
+
+def bytes_of(memory: int | str) -> int:
+    """A number of bytes, or text such as ``2GB``, ``500MB`` or ``1.5GiB``.
+
+    Raises:
+        ValueError: anything else, or less than a byte.
+    """
+    found = re.fullmatch(
+        r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(I?))?B?", str(memory).strip().upper()
+    )
+    size = 0
+    if found:
+        number, prefix, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+    if size < 1:
+        raise ValueError(f"memory: {memory!r} is no size; give bytes, or text such as 500MB or 2GB")
+    return size
 
 
 def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:

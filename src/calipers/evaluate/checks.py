@@ -22,6 +22,7 @@ from calipers.sets import Region, ThreatModel
 
 TOLERANCE = 1e-4  # of max(1, max |output|), for two float32 evaluations of one network
 BATCH = 250
+OVERLAP_MEMORY = 1 << 27  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +188,7 @@ class Overlap:
 
 @torch.no_grad()
 def overlaps(
-    x: Tensor, y: Tensor, threat: ThreatModel, *, memory: int = 1 << 27, work: float = 1e11
+    x: Tensor, y: Tensor, threat: ThreatModel, *, memory: int = OVERLAP_MEMORY, work: float = 1e11
 ) -> Overlap | None:
     """Whether the allowed change of an example leads to an example of another class; None if none was found.
 

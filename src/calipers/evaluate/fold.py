@@ -63,6 +63,7 @@ class Job:
     progress: Callable[[Progress], None] | None = None
     pressed: Callable[[], bool] = lambda: False
     deployed: bool = False
+    memory: int | None = None
 
 
 def _unknown(bracket: Bracket) -> Tensor:
@@ -173,7 +174,7 @@ class _Run:
         """The rows left: one first, then as many as SLICE seconds (or half the time left) hold at the speed so far."""
         restored = self.done[0][0] if self.done else self.todo[:0]
         left = self.todo[~torch.isin(self.todo, restored)]
-        size = 1
+        size, largest = 1, _examples(self.job, self.stage)
         begin = time.perf_counter()
         while len(left):
             remaining = self.job.deadline - time.perf_counter()
@@ -184,7 +185,7 @@ class _Run:
             left = left[size:]
             rate = (time.perf_counter() - begin) / max(self.tried - self.restored, 1)
             fits = int(min(SLICE, max(remaining, 0.0) / 2) / max(rate, 1e-9))
-            size = max(1, min(self.job.chunk, 8 * size, fits))
+            size = max(1, min(largest, 8 * size, fits))
 
     def _measure(self, rows: Tensor) -> None:
         begin = time.perf_counter()
@@ -217,17 +218,33 @@ class _Run:
         progress(Progress(self.stage.name, self.tried, len(self.todo), robust, vulnerable, unknown))
 
 
+def _examples(job: Job, stage: Stage) -> int:
+    """The largest batch: an attack's must fit into the memory, bounds divide theirs themselves."""
+    if job.memory is None or stage.side == "bound":
+        return job.chunk
+    return max(1, min(job.chunk, job.memory // attack_bytes(job.network, job.x)))
+
+
+def attack_bytes(network: Network, x: Tensor) -> int:
+    """What one example of an attack takes, roughly: every value of the graph with its gradient (twice that, as some
+    ops keep copies), and the region and the attack's own points in float64."""
+    values = sum(math.prod(n.shape) for n in network.graph.nodes if n.name in network.graph.active)
+    return 4 * values * x.element_size() + 24 * 8 * math.prod(x.shape[1:])
+
+
 def measure(job: Job, stage: Stage, rows: Tensor) -> Bracket:
     """What one stage says about ``rows``: the only place where a method is called."""
     x = job.x[rows]
     region, spec = job.threat.around(x), Spec.label(job.y[rows], job.network.num_classes)
     if stage.side == "bound":
+        limit = {} if job.memory is None else {"memory": job.memory}
         with torch.no_grad():
             # float32 sums have a known error bound on a CPU only
             dtype = stage.dtype if x.device.type == "cpu" else torch.float64
-            values = stage.method(job.network, region, spec, dtype=dtype, rigorous=True)
+            values = stage.method(job.network, region, spec, dtype=dtype, rigorous=True, **limit)
             if job.deployed:
-                values = values.double() - deviation(job.network, region, spec, dtype=x.dtype)
+                radius = deviation(job.network, region, spec, dtype=x.dtype, **limit)
+                values = values.double() - radius
         return Bracket.from_bound(spec.margin(values), Evidence(stage.name))
     seeds = example_seeds(x, job.seed, stage.name)
     model = counted(job.network)
