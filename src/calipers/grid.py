@@ -23,7 +23,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from calipers.errors import DataError
+from calipers.errors import DataError, RegionError
 from calipers.rounding import Number, exact
 from calipers.searches import fill_l1, level_l2
 
@@ -131,6 +131,18 @@ class Levels:
     def values(self, levels: Tensor) -> Tensor:
         """The numbers that ``levels`` stand for, in the set's own dtype."""
         return stored(levels, self.grid, self.dtype)
+
+    def numbers(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
+        """`values` in a dtype that holds them.
+
+        Raises:
+            RegionError: ``dtype`` is too narrow.
+        """
+        if torch.finfo(dtype).eps > torch.finfo(self.dtype).eps:
+            raise RegionError(
+                f"the grid's points are {self.dtype} numbers, which {dtype} cannot hold; use {self.dtype}"
+            )
+        return self.values(levels).to(dtype)
 
     def radius(self) -> Tensor:
         """(B,) float64, for p = 1 and 2: no member's stored numbers are further from the centre's."""

@@ -319,15 +319,7 @@ class Region:
             return x
         point = x.detach().double()
         near = point if self.p == math.inf else self.relaxed.project(point)
-        return torch.where(torch.isnan(x), x, self._on_grid(self.levels.snap(near), x.dtype))
-
-    def _on_grid(self, levels: Tensor, dtype: torch.dtype) -> Tensor:
-        assert self.levels is not None  # noqa: S101 - the callers have asked
-        if torch.finfo(dtype).eps > torch.finfo(self.levels.dtype).eps:
-            raise RegionError(
-                f"the grid's points are {self.levels.dtype} numbers, which {dtype} cannot hold; use {self.levels.dtype}"
-            )
-        return self.levels.values(levels).to(dtype)
+        return torch.where(torch.isnan(x), x, self.levels.numbers(self.levels.snap(near), x.dtype))
 
     # -- membership --------------------------------------------------------------------------------
 
@@ -419,7 +411,7 @@ class Region:
         Exact; on a grid for p = 2 nearly so (a knapsack problem).
         """
         if self.levels is not None:
-            return self._on_grid(self.levels.maximizer(a), a.dtype)
+            return self.levels.numbers(self.levels.maximizer(a), a.dtype)
         low, high = self.inner(a.dtype)
         if self.p == math.inf:
             middle = self.center.detach().to(a.dtype).clamp(low, high)
@@ -489,7 +481,7 @@ class Region:
         rows = [self._draw(int(seed), n) for seed in seeds.tolist()]
         noise = torch.stack(rows).to(self.center.device).view_as(self.center)
         if self.levels is not None and self.p == math.inf:
-            return self._on_grid(self.levels.sample(noise), dtype)
+            return self.levels.numbers(self.levels.sample(noise), dtype)
         if self.p == math.inf:
             low, high = self.inner(dtype)
             if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
