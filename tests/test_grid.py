@@ -176,6 +176,15 @@ def test_a_radius_between_levels_is_rounded_down_and_bounds_gain_by_it() -> None
     assert torch.equal(region.hull().upper.float(), pixels(125, 145))
 
 
+@pytest.mark.parametrize("tensors", [False, True])
+def test_sides_between_levels_are_rounded_inwards(tensors: bool) -> None:
+    sides = ("0.1", "0.9") if not tensors else (torch.tensor(0.1), torch.full((2,), 0.9))
+    region = ThreatModel(INF, 1, *sides, grid="1/255").around(pixels(100, 120))
+    up, down = region.maximizer(torch.ones(1, 2)), region.maximizer(-torch.ones(1, 2))
+    assert torch.equal(up, pixels(229, 229))  # 229.5
+    assert torch.equal(down, pixels(26, 26))  # 25.5
+
+
 @pytest.mark.parametrize("p", [1.0, 2.0])
 def test_per_example_radii_and_tensor_sides(p: float) -> None:
     x = pixels(10, 20, 30).repeat(3, 1)
