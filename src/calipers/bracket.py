@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from calipers.errors import ModelError, SoundnessError
 from calipers.sets import Region
 from calipers.spec import Spec
+from calipers.work import Counted, bare, counted
 
 Model = Callable[[Tensor], Tensor]
 
@@ -36,7 +37,7 @@ class Evidence:
     Args:
         method: the method that gave the end.
         seconds: its time for this example (a batch's time shared equally).
-        work: forward-equivalents spent on this example.
+        work: passes of the network spent on this example (a batch's shared equally), see `calipers.work`.
         path: the file of a stored witness or certificate.
     """
 
@@ -218,6 +219,9 @@ def _merge(first: Bracket, second: Bracket, take: Tensor) -> Tensor | None:
 
 def in_double(model: Model) -> Model | None:
     """The same function in float64 without touching the caller's model, or None for a plain callable."""
+    if isinstance(model, Counted):
+        inner = in_double(model.model)
+        return inner and counted(inner)
     if not isinstance(model, nn.Module):
         maker = getattr(model, "in_double", None)
         return maker() if maker else None
@@ -231,6 +235,7 @@ def require_eval(model: object) -> None:
     Raises:
         ModelError: naming the layers.
     """
+    model = bare(model)
     module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
     if not isinstance(module, nn.Module):
         return

@@ -233,6 +233,26 @@ def _folder(path: Path) -> Data:
     return checked(arrays[0], arrays[1], name=path.name)
 
 
+def load_mask(path: str | Path) -> Tensor:
+    """The bools of a ``.npy`` file: which features may change.
+
+    Raises:
+        DataError: the file is missing or damaged, or does not hold bools.
+    """
+    file = Path(path)
+    _present(file, "an .npy file with bools")
+    try:
+        with file.open("rb") as handle:
+            array = np.load(handle, allow_pickle=False)
+    except _DAMAGE as error:
+        raise _unreadable(file, error) from None
+    if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
+        raise DataError(
+            f"{file}: a mask holds bools, one per feature; save it with np.save(file, m.astype(bool))"
+        )
+    return torch.from_numpy(array)
+
+
 def _present(path: Path, expected: str) -> None:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected {expected}")

@@ -17,18 +17,29 @@ and let c be the distance from the centre to the box on the side that δ points 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from calipers.errors import DataError, RegionError
+from calipers.grid import Levels, spacing
 from calipers.rounding import Interval, Number, add, cast, enclose, exact
 from calipers.searches import dual_l1, dual_l2, fill_l1, level_l2, norm, shrink_l1
 
-__all__ = ["Frame", "Interval", "Number", "Region", "ThreatModel", "cast", "exact"]
+__all__ = [
+    "Frame",
+    "Interval",
+    "Number",
+    "Region",
+    "ThreatModel",
+    "cast",
+    "equivalent_eps",
+    "exact",
+]
 
 NORMS = (1.0, 2.0, math.inf)
 _U = 2.0**-53  # unit roundoff of float64
@@ -55,7 +66,12 @@ class ThreatModel:
         p: norm order, 1, 2 or ``math.inf``.
         eps: radius in input units; a ``str`` or ``Fraction`` keeps its exact value; a tensor (one radius per
             feature) only for p = inf.
-        lower, upper: the input domain, numbers or tensors that broadcast to one example; ±inf for no limit.
+        lower, upper: the input domain, numbers or tensors that broadcast to one example (one bound per channel has
+            shape (C, 1, 1)); ±inf for no limit.
+        mask: bool, broadcastable to one example: only the features that are True may change; None: all may.
+        grid: only whole multiples of it are allowed, as the inputs' dtype stores them: "1/255" for 8-bit images in
+            [0, 1]. A radius then counts levels (see `calipers.grid`). Attacks and `Region.contains` honour it; bounds
+            cover the continuous set around it.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -65,6 +81,8 @@ class ThreatModel:
     eps: Number | Tensor
     lower: Number | Tensor = 0.0
     upper: Number | Tensor = 1.0
+    mask: Tensor | None = None
+    grid: Number | None = None
 
     def __post_init__(self) -> None:
         if self.p not in NORMS:
@@ -83,12 +101,19 @@ class ThreatModel:
         low, high = enclose(self.lower, "lower"), enclose(self.upper, "upper")
         if not bool((low.lower <= high.upper).all()):
             raise ValueError(f"lower: {self.lower!r} exceeds upper: {self.upper!r}")
+        if self.mask is not None and self.mask.dtype is not torch.bool:
+            raise ValueError(
+                f"mask: dtype {self.mask.dtype} is not bool; give True where a feature may change (mask=m > 0)"
+            )
+        if self.grid is not None:
+            spacing(self.grid)
 
     def around(self, x: Tensor) -> Region:
         """The regions around a batch of examples ``x`` of shape (B, *x).
 
         Raises:
-            DataError: ``x`` is not floating point, not finite, or lies outside the domain.
+            DataError: ``x`` is not floating point, not finite, off the grid, or lies outside the domain.
+            ValueError: eps, lower, upper or mask does not broadcast to one example.
         """
         if not x.is_floating_point():
             raise DataError(
@@ -98,9 +123,11 @@ class ThreatModel:
             bad = int((~torch.isfinite(x.detach()).flatten(1).all(1)).sum())
             raise DataError(f"x: {bad} of {len(x)} examples contain NaN or infinite values")
         eps = self.eps
+        for name in ("eps", "lower", "upper", "mask"):
+            _require_fit(name, getattr(self, name), tuple(x.shape[1:]))
         if isinstance(eps, Tensor) and eps.ndim:  # per feature, even where B equals their number
             eps = eps.to(x.device).expand(x.shape[1:]).unsqueeze(0)
-        return Region.ball(x, eps, self.p, self.lower, self.upper)
+        return Region.ball(x, eps, self.p, self.lower, self.upper, mask=self.mask, grid=self.grid)
 
     def describe(self) -> str:
         """One line, for people and for run records."""
@@ -111,7 +138,12 @@ class ThreatModel:
                 return f"per-feature {value.min().item():g}..{value.max().item():g}"
             return f"{value:g}" if isinstance(value, float) else str(value)
 
-        return f"{norm} eps={show(self.eps)} in [{show(self.lower)}, {show(self.upper)}]"
+        parts = [f"{norm} eps={show(self.eps)} in [{show(self.lower)}, {show(self.upper)}]"]
+        if self.grid is not None:
+            parts.append(f"on the grid of {spacing(self.grid)}")
+        if self.mask is not None:
+            parts.append(f"where the mask is true ({int(self.mask.sum())} of {self.mask.numel()})")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +153,9 @@ class Region:
     ``center``, ``lower``, ``upper`` have shape (B, *x), ``eps`` (B,) or, per feature, (B, *x), all float64 on the
     device of the data.
     ``lower`` and ``upper`` are already intersected with the ball's own box, so for p = inf they are the whole
-    set. They hold the inner values; ``outer_*`` the outer ones. Build one with `ThreatModel.around`,
-    `Region.ball` or `Region.box`.
+    set. They hold the inner values; ``outer_*`` the outer ones. With ``levels`` only points on a grid are members;
+    bounds (`hull`, `support`, `reach`, `frame`) then hold for the continuous set around them, `relaxed`. Build one with
+    `ThreatModel.around`, `Region.ball` or `Region.box`.
     """
 
     center: Tensor
@@ -133,6 +166,7 @@ class Region:
     outer_eps: Tensor
     outer_lower: Tensor
     outer_upper: Tensor
+    levels: Levels | None = None
     _cache: dict[object, Interval | Frame] = field(default_factory=dict, repr=False)
 
     # -- construction ------------------------------------------------------------------------------
@@ -145,17 +179,22 @@ class Region:
         p: float,
         lower: Number | Tensor = -math.inf,
         upper: Number | Tensor = math.inf,
+        *,
+        mask: Tensor | None = None,
+        grid: Number | None = None,
     ) -> Region:
         """A ball around each row of ``center`` intersected with a box.
 
         Args:
             eps: a number, a tensor of shape (B,) (one radius per example), or, for p = inf, any other tensor
                 that broadcasts to ``center`` (one radius per feature).
+            mask, grid: as in `ThreatModel`; a feature that is frozen has lower = upper = centre, exactly.
 
         Raises:
-            DataError: a centre lies outside the box.
+            DataError: a centre lies outside the box or off the grid.
         """
-        ThreatModel(p, eps if not _per_example(eps, center) else float(eps.min()), lower, upper)  # type: ignore[union-attr]
+        one = float(eps.min()) if _per_example(eps, center) else eps  # type: ignore[union-attr]
+        ThreatModel(p, one, lower, upper, mask, grid)
         x = center.to(torch.float64)
 
         def like(bound: Tensor) -> Tensor:
@@ -185,15 +224,29 @@ class Region:
             r = r.to(x.device)
             return r.expand_as(x) if per_feature else r.reshape(-1).expand(len(x))
 
+        outer_low = torch.maximum(add(x, -like(radius.upper), -math.inf), like(low.lower))
+        outer_high = torch.minimum(add(x, like(radius.upper), math.inf), like(high.upper))
+        sides: tuple[Tensor, ...] = (inner_low, inner_high, outer_low, outer_high)
+        if mask is not None:
+            free = mask.to(x.device)
+            sides = tuple(torch.where(free, side, x) for side in sides)
+        levels, outer_eps = None, rows_of(radius.upper)
+        if grid is not None:
+            levels = Levels.around(center, grid, p, eps, lower, upper, mask)
+            ends = [levels.values(k).to(torch.float64) for k in (levels.lower, levels.upper)]
+            sides = (*ends, *ends)
+            outer_eps = outer_eps if p == math.inf else levels.radius()
+        inner_low, inner_high, outer_low, outer_high = sides
         return cls(
             x,
             rows_of(radius.lower),
             float(p),
             inner_low,
             inner_high,
-            rows_of(radius.upper),
-            torch.maximum(add(x, -like(radius.upper), -math.inf), like(low.lower)),
-            torch.minimum(add(x, like(radius.upper), math.inf), like(high.upper)),
+            outer_eps,
+            outer_low,
+            outer_high,
+            levels,
         )
 
     @classmethod
@@ -217,9 +270,9 @@ class Region:
         parts = {
             f.name: getattr(self, f.name)[index]
             for f in fields(self)
-            if f.name not in ("p", "_cache")
+            if f.name not in ("p", "levels", "_cache")
         }
-        return Region(p=self.p, **parts)
+        return Region(p=self.p, levels=self.levels and self.levels[index], **parts)
 
     def __len__(self) -> int:
         return len(self.center)
@@ -235,13 +288,49 @@ class Region:
             else self.eps.reshape(-1, *[1] * (self.center.ndim - 1))
         )
 
+    # -- the grid ----------------------------------------------------------------------------------
+
+    @property
+    def grid(self) -> Fraction | None:
+        """The distance of neighbouring grid points; None where every point counts."""
+        return None if self.levels is None else self.levels.grid
+
+    @cached_property
+    def relaxed(self) -> Region:
+        """The continuous set around the members: the same ball and box without the grid; itself where there is none.
+
+        What an attack walks in, before `snap`.
+        """
+        if self.levels is None:
+            return self
+        eps = self.eps if self.p == math.inf else self.outer_eps
+        return replace(self, eps=eps, levels=None, _cache={})
+
+    def snap(self, x: Tensor) -> Tensor:
+        """A member near each row of ``x``, in its dtype, and ``x`` itself where there is no grid.
+
+        p = inf: the nearest member. p = 1, 2: ``x`` is projected onto the ball and rounded towards the centre, except
+        for the largest remainders (see `Levels.snap`). Members stay; a NaN stays visible.
+
+        Raises:
+            RegionError: the dtype of ``x`` is too narrow for the grid's numbers.
+        """
+        if self.levels is None:
+            return x
+        point = x.detach().double()
+        near = point if self.p == math.inf else self.relaxed.project(point)
+        return torch.where(torch.isnan(x), x, self.levels.numbers(self.levels.snap(near), x.dtype))
+
     # -- membership --------------------------------------------------------------------------------
 
     def contains(self, x: Tensor) -> Tensor:
         """Whether each row of ``x`` (B, *x) is a member, exactly on the stored numbers, without tolerance: (B,) bool.
 
-        NaN and infinity are no members. Float64 decides where its error bound allows, rational arithmetic elsewhere.
+        NaN and infinity are no members. Float64 decides where its error bound allows, rational arithmetic elsewhere;
+        on a grid, whole numbers of levels alone.
         """
+        if self.levels is not None:
+            return self.levels.contains(x)
         point = x.detach().to(torch.float64)
         inside = (point >= self.lower) & (point <= self.upper) & torch.isfinite(point)
         inside = inside.flatten(1).all(1)
@@ -298,8 +387,10 @@ class Region:
     def project(self, z: Tensor) -> Tensor:
         """The nearest member in the Euclidean norm, in the dtype of ``z``: ``contains(project(z))`` holds.
 
-        Exact for each p with the box included, up to rounding (towards the centre).
+        Exact for each p with the box included, up to rounding (towards the centre). On a grid it is `snap`.
         """
+        if self.levels is not None:
+            return self.snap(z)
         low, high = self.inner(z.dtype)
         if self.p == math.inf:
             return torch.clamp(z, low, high)
@@ -315,7 +406,12 @@ class Region:
         return self._place(gap.sign() * length.view_as(gap), z.dtype)
 
     def maximizer(self, a: Tensor) -> Tensor:
-        """A member that maximises ⟨a, x⟩, for ``a`` of shape (B, *x), in the dtype of ``a``; the centre where a = 0."""
+        """A member that maximises ⟨a, x⟩, for ``a`` of shape (B, *x), in the dtype of ``a``; the centre where a = 0.
+
+        Exact; on a grid for p = 2 nearly so (a knapsack problem).
+        """
+        if self.levels is not None:
+            return self.levels.numbers(self.levels.maximizer(a), a.dtype)
         low, high = self.inner(a.dtype)
         if self.p == math.inf:
             middle = self.center.detach().to(a.dtype).clamp(low, high)
@@ -328,10 +424,15 @@ class Region:
         return self._place(slope.sign() * length.view_as(slope), a.dtype)
 
     def steepest(self, g: Tensor) -> Tensor:
-        """argmax ⟨g, d⟩ over ‖d‖_p ≤ 1: the direction of steepest ascent in the region's norm; 0 where g = 0."""
+        """argmax ⟨g, d⟩ over ‖d‖_p ≤ 1: the direction of steepest ascent in the region's norm; 0 where g = 0.
+
+        Features that cannot change (a mask, a side of width 0) are left out of it, unless none can.
+        """
         if self.p == math.inf:
             return g.sign()
         flat = g.flatten(1)
+        if self._frozen is not None:
+            flat = torch.where(self._frozen, 0.0, flat)
         if self.p == 2:
             # divided by the peak first, so that the squares of tiny or huge gradients stay in range
             peak = flat.abs().amax(1, keepdim=True)
@@ -341,18 +442,31 @@ class Region:
         peak = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, peak, flat.gather(1, peak).sign()).view_as(g)
 
+    @cached_property
+    def _frozen(self) -> Tensor | None:
+        """The features (B, n) that cannot change, in the examples in which others can; None if there are none."""
+        stuck = (self.lower == self.upper).flatten(1)
+        stuck = stuck & ~stuck.all(1, keepdim=True)
+        return stuck if bool(stuck.any()) else None
+
     def ascend(
         self, x: Tensor, g: Tensor, length: float | Tensor, *, plain: bool = False
     ) -> Tensor:
         """project(x + length·steepest(g)), or project(x + length·g) if ``plain``: one step of an attack.
 
+        On a grid a step that is shorter than a level in every feature is lengthened to one, lest it be rounded away;
+        attacks do better to walk in `relaxed` and `snap` what they find.
         ``g`` may be overwritten: on small networks a step costs as much as its memory traffic.
         """
         direction = g if plain else g.sign_() if self.p == math.inf else self.steepest(g)
         if isinstance(length, Tensor):
             direction, length = length * direction, 1.0
+        if self.grid is not None:
+            peak = (direction * length).flatten(1).abs().amax(1).clamp_min(1e-30)
+            share = (float(self.grid) / peak).clamp_min(1.0)
+            direction = direction * share.view(-1, *[1] * (direction.ndim - 1))
         x = torch.add(x, direction, alpha=length)
-        if self.p == math.inf:
+        if self.p == math.inf and self.levels is None:
             low, high = self.inner(x.dtype)
             return x.clamp_(low, high)
         return self.project(x)
@@ -366,13 +480,16 @@ class Region:
         n = math.prod(self.center.shape[1:])
         rows = [self._draw(int(seed), n) for seed in seeds.tolist()]
         noise = torch.stack(rows).to(self.center.device).view_as(self.center)
+        if self.levels is not None and self.p == math.inf:
+            return self.levels.numbers(self.levels.sample(noise), dtype)
         if self.p == math.inf:
             low, high = self.inner(dtype)
             if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
                 raise RegionError("sample: the region is unbounded, so there is no uniform draw")
             return (low + noise.to(dtype) * (high - low)).clamp(low, high)
         eps = self.eps.reshape(-1, *[1] * (self.center.ndim - 1))
-        return self.project((self.center + eps * noise).to(dtype))
+        point = self.center + eps * noise
+        return self.project(point if self.levels is not None else point.to(dtype)).to(dtype)
 
     def _draw(self, seed: int, n: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -461,6 +578,49 @@ class Region:
         frame = self.frame(a.dtype)
         inner = (a * frame.origin).flatten(a.ndim - self.center.ndim + 1).sum(-1)
         return inner + self.reach(a, frame)
+
+
+def equivalent_eps(p: float, n: int, eps_inf: Number, *, limit: bool = False) -> float:
+    """The radius of the l_p ball in n dimensions that has the volume of the l_inf ball of radius ``eps_inf``.
+
+        l2: 2·eps_inf·Γ(n/2 + 1)^(1/n)/√π  →  √(2n/(πe))·eps_inf          l1: eps_inf·(n!)^(1/n)  →  n/e·eps_inf
+
+    Args:
+        limit: the right-hand sides, which hold for large n and are what is usually quoted: 1.35 for MNIST (n = 784) at
+            0.1, where the exact radius is half a per cent larger.
+
+    Raises:
+        ValueError: p is not 1, 2 or inf, n < 1, or eps_inf is negative or no number.
+    """
+    if p not in NORMS:
+        raise ValueError(f"p: {p!r} is not one of 1, 2, inf")
+    if n < 1:
+        raise ValueError(f"n: {n!r} is not a number of dimensions; give at least 1")
+    eps = float(enclose(eps_inf, "eps_inf").upper)
+    if not eps >= 0:
+        raise ValueError(f"eps_inf: {eps_inf!r} is negative; a radius is at least 0")
+    factors = {
+        1.0: (math.exp(math.lgamma(n + 1) / n), n / math.e),
+        2.0: (
+            2 / math.sqrt(math.pi) * math.exp(math.lgamma(n / 2 + 1) / n),
+            math.sqrt(2 * n / (math.pi * math.e)),
+        ),
+        math.inf: (1.0, 1.0),
+    }
+    return eps * factors[float(p)][limit]
+
+
+def _require_fit(name: str, value: Number | Tensor | None, shape: tuple[int, ...]) -> None:
+    """A tensor of the threat model broadcasts to one example."""
+    if not isinstance(value, Tensor):
+        return
+    try:
+        value.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: shape {tuple(value.shape)} does not broadcast to one example of shape {shape}; give one "
+            "value per feature, or (C, 1, 1) for one per channel"
+        ) from None
 
 
 def _per_example(eps: Number | Tensor, center: Tensor) -> bool:

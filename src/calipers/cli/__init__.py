@@ -48,6 +48,18 @@ Norm = Annotated[str, typer.Option(metavar="linf|l2|l1", help="The norm that lim
 Eps = Annotated[
     str, typer.Option(metavar="E", help="Radius in input units, read exactly: 0.1 or 8/255.")
 ]
+Grid = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STEP", help="Allow whole multiples of STEP only: 1/255 for 8-bit images in [0, 1]."
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.npy", help="Bools, one per feature: only where true may an input change."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of samples and random starts.")]
 
 
@@ -84,11 +96,16 @@ def audit(
     data_dir: DataDir = None,
     norm: Norm = "linf",
     eps: Eps = "0.1",
+    grid: Grid = None,
+    mask: Mask = None,
     samples: Annotated[
         int | None, typer.Option(help="Audit this many examples, drawn at random.")
     ] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
     ] = None,
     methods: Annotated[
         str | None,
@@ -107,12 +124,16 @@ def audit(
     allow_softmax: Annotated[
         bool, typer.Option("--allow-softmax", help="Measure a model that returns probabilities.")
     ] = False,
+    deployed: Annotated[
+        bool,
+        typer.Option("--deployed", help="Certify the network as it runs, its rounding included."),
+    ] = False,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
 
     interrupted = commands.audit(
-        commands.Subject(model, weights, input_shape, data, data_dir, norm, eps),
+        commands.Subject(model, weights, input_shape, data, data_dir, norm, eps, grid, mask),
         samples=samples,
         budget=budget,
         methods=methods,
@@ -121,6 +142,8 @@ def audit(
         report=report,
         seed=seed,
         allow_softmax=allow_softmax,
+        deployed=deployed,
+        memory=memory,
     )
     if interrupted:
         raise typer.Exit(130)
@@ -134,6 +157,8 @@ def explain(
     index: Annotated[int, typer.Option(help="Which example.")] = 0,
     norm: Norm = "linf",
     eps: Eps = "0.1",
+    grid: Grid = None,
+    mask: Mask = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
@@ -141,7 +166,7 @@ def explain(
     """Every method's value and time for one example, nested."""
     from calipers.cli import commands
 
-    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, eps)
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, eps, grid, mask)
     commands.explain(subject, index=index, seed=seed)
 
 

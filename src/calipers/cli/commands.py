@@ -22,10 +22,11 @@ from rich.text import Text
 
 from calipers.attacks import ATTACKS
 from calipers.bounds import BOUNDS
-from calipers.data import Data, load
+from calipers.data import Data, load, load_mask
 from calipers.errors import ModelError, unknown_name
 from calipers.evaluate import audit as run_audit
 from calipers.evaluate import explain as run_explain
+from calipers.evaluate.audit import bytes_of
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.store import write_atomically
@@ -50,6 +51,8 @@ class Subject:
     data_dir: Path | None
     norm: str
     eps: str
+    grid: str | None = None
+    mask: Path | None = None
 
     @property
     def name(self) -> str:
@@ -60,9 +63,12 @@ class Subject:
         """Cheapest first, so that a typing error shows at once."""
         if self.norm not in NORMS:
             raise unknown_name("norm", self.norm, NORMS)
-        ThreatModel(NORMS[self.norm], self.eps)
+        mask = None if self.mask is None else load_mask(self.mask)
+        ThreatModel(NORMS[self.norm], self.eps, mask=mask, grid=self.grid)
         data = load(self.data, data_dir=self.data_dir)
-        threat = ThreatModel(NORMS[self.norm], self.eps, data.lower, data.upper)
+        threat = ThreatModel(
+            NORMS[self.norm], self.eps, data.lower, data.upper, mask=mask, grid=self.grid
+        )
         shape = shape_of(self.input_shape) or tuple(data.x.shape[1:])
         return load_model(self.model or DEFAULT_MODEL, self.weights, shape), data, threat
 
@@ -78,11 +84,14 @@ def audit(
     report: Path | None,
     seed: int,
     allow_softmax: bool,
+    deployed: bool,
+    memory: str | None,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
         if file is not None:
             _writable(option, file.absolute())
+    limit = None if memory is None else bytes_of(memory)
     seconds = None if budget is None else seconds_of(budget)
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if names is not None:
@@ -100,6 +109,8 @@ def audit(
             cascade=None if names is None else select(names, network),
             progress=show,
             allow_softmax=allow_softmax,
+            deployed=deployed,
+            memory=limit,
             name=subject.name,
         )
     _console().print(result.table())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,13 +16,18 @@ from calipers import __version__
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
-from calipers.evaluate.checks import batches, check, onnxruntime_replica
+from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.result import Audit
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, evaluating
+from calipers.grid import to_grid
 from calipers.sets import ThreatModel
+
+DEPLOYED = (
+    "certified (deployed): also of the network as it runs in {}, whatever the order of its sums"
+)
 
 
 def audit(
@@ -37,6 +43,8 @@ def audit(
     progress: Callable[[Progress], None] | None = None,
     replicas: Sequence[Model] = (),
     allow_softmax: bool = False,
+    deployed: bool = False,
+    memory: int | str | None = None,
     chunk: int = CHUNK,
     name: str = "",
 ) -> Audit:
@@ -55,6 +63,10 @@ def audit(
         progress: called after each batch.
         replicas: further evaluations that must agree before an example counts as broken.
         allow_softmax: see `calipers.evaluate.checks.check`.
+        deployed: certify the network as it runs, not only its parameters: from every lower bound the forward pass's
+            worst rounding is subtracted (`calipers.bounds.deployed`).
+        memory: working memory to plan for, in bytes or as "2GB"; it cuts bounds into pieces and attacks into batches.
+            One example at a time is the least; the network, the data and the results come on top.
         chunk: examples a batch at most.
         name: what to call the model in the report.
 
@@ -66,6 +78,7 @@ def audit(
         ValueError: an argument is out of range.
     """
     begin = time.perf_counter()
+    limit = None if memory is None else bytes_of(memory)
     if seconds is not None and not seconds > 0:
         raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
     if chunk < 1:
@@ -79,8 +92,9 @@ def audit(
         agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
         if not isinstance(runtime, str):
             agreeing["onnxruntime"] = runtime
-        x, y = part.x.to(network.device, network.dtype), part.y.to(network.device)
+        x, y = inputs(part.x, network, threat), part.y.to(network.device)
         checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
+        overlap = overlaps(x, y, threat, memory=min(limit or OVERLAP_MEMORY, OVERLAP_MEMORY))
         identity = {
             "calipers": __version__,
             "code": code_digest(),
@@ -89,18 +103,25 @@ def audit(
             "threat": _threat(threat),
             "seed": seed,
             "replicas": list(agreeing),
+            "deployed": deployed,
             "cascade": [stage.describe() for stage in stages],
         }
         deadline = math.inf if seconds is None else begin + seconds
         keep = nullcontext() if run is None else Store(run, identity)
         with keep as store, interruptible() as pressed:
             job = Job(
-                network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed
+                network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
+                deployed, limit,
             )  # fmt: skip
             bracket, rows, stopped, cut = fold(job, stages, store)
         adversarial = _predictions(network, bracket, checks.logits)
     earlier = sum(r.stored for r in rows)
-    notes = (*checks.notes, *((runtime,) if isinstance(runtime, str) else ()))
+    notes = (
+        *checks.notes,
+        *((runtime,) if isinstance(runtime, str) else ()),
+        *((overlap.note(part.y, threat, positions),) if overlap else ()),
+        *((DEPLOYED.format(str(x.dtype).removeprefix("torch.")),) if deployed else ()),
+    )
     return Audit(
         threat=threat,
         data=part,
@@ -118,6 +139,7 @@ def audit(
         notes=notes,
         differences=dict(checks.differences),
         identity=identity,
+        deployed=deployed,
     )
 
 
@@ -128,11 +150,44 @@ def as_data(data: Data | tuple[Tensor, Tensor]) -> Data:
     return checked(*data, name="data", lower=-math.inf, upper=math.inf)
 
 
+def bytes_of(memory: int | str) -> int:
+    """A number of bytes, or text such as ``2GB``, ``500MB`` or ``1.5GiB``.
+
+    Raises:
+        ValueError: anything else, or less than a byte.
+    """
+    found = re.fullmatch(
+        r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(I?))?B?", str(memory).strip().upper()
+    )
+    size = 0
+    if found:
+        number, prefix, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+    if size < 1:
+        raise ValueError(f"memory: {memory!r} is no size; give bytes, or text such as 500MB or 2GB")
+    return size
+
+
+def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
+    """``x`` as the network takes it: on its device, in its dtype, grid points as grid points of that dtype.
+
+    Raises:
+        DataError: the threat model has a grid and ``x`` is not on it.
+    """
+    moved = x.to(network.device, network.dtype)
+    if threat.grid is None or moved.dtype == x.dtype:
+        return moved
+    for part in batches(x):
+        threat.around(part)
+    return to_grid(moved, threat.grid)
+
+
 def _threat(threat: ThreatModel) -> str:
     """The threat model as a string that tells any two apart."""
     parts = (
         f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
-        for name, v in (("eps", threat.eps), ("lower", threat.lower), ("upper", threat.upper))
+        for name, v in vars(threat).items()
+        if name != "p" and v is not None
     )
     return f"p={float(threat.p):g} {' '.join(parts)}"
 

@@ -34,7 +34,8 @@ class Stage:
 
     Args:
         side: ``attack`` (``method(model, region, spec, *, dtype, seeds)`` returns points) or ``bound``
-            (``method(network, region, spec, *, dtype, rigorous)`` returns lower bounds of the functionals).
+            (``method(network, region, spec, *, dtype, rigorous)`` returns lower bounds of the functionals; it also gets
+            ``memory=`` where the audit has such a limit).
         cost: passes of the network per example, roughly; it only orders the stages.
         dtype: a bound's working precision. Its rounding is subtracted either way, so both are proofs.
     """

@@ -6,6 +6,7 @@ onnxruntime agree; it is deterministic; examples of a batch do not touch each ot
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from torch import Tensor
 from calipers.bracket import Model
 from calipers.errors import CaptureError, DataError, ModelError
 from calipers.graph.graph import Network, bind, evaluate
-from calipers.sets import ThreatModel
+from calipers.sets import Region, ThreatModel
 
 TOLERANCE = 1e-4  # of max(1, max |output|), for two float32 evaluations of one network
 BATCH = 250
+OVERLAP_MEMORY = 1 << 27  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +156,88 @@ def check_determinism(network: Network, x: Tensor, logits: Tensor) -> None:
             f"the model mixes the examples of a batch: outputs of an example alone differ by {apart:.3g}; use running "
             "statistics in normalisation layers and keep examples independent"
         )
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Sets that hold an example of another class: nothing can be robust and right there.
+
+    Args:
+        count: at least so many of the ``tried`` examples have such a set.
+        first, second: the closest pair found, ``second`` in the set of ``first``, and their ``distance`` in the norm.
+    """
+
+    count: int
+    tried: int
+    first: int
+    second: int
+    distance: float
+
+    def note(self, y: Tensor, threat: ThreatModel, positions: Tensor | None = None) -> str:
+        """One sentence with the figures; ``positions`` translates the examples' numbers."""
+        pair = [
+            f"{int(i if positions is None else positions[i])}, class {int(y[i])}"
+            for i in (self.first, self.second)
+        ]
+        return (
+            f"eps is large for these data: the sets of {self.count} of {self.tried} examples hold an example of "
+            f"another class (examples {pair[0]}, and {pair[1]}, are "
+            f"{self.distance:.4g} apart; {threat.describe()}), so no classifier can be right and robust on all of them"
+        )
+
+
+@torch.no_grad()
+def overlaps(
+    x: Tensor, y: Tensor, threat: ThreatModel, *, memory: int = OVERLAP_MEMORY, work: float = 1e11
+) -> Overlap | None:
+    """Whether the allowed change of an example leads to an example of another class; None if none was found.
+
+    Every reported pair is decided by `Region.contains`. Pairs are narrowed down by Euclidean distances first.
+
+    Args:
+        memory: bytes to work in, roughly.
+        work: products to spend on distances; beyond it only the first examples' sets are looked at.
+
+    Cost: N²·n products for N examples of n numbers.
+    """
+    flat = x.flatten(1).float()
+    flat = flat - flat.mean(0)
+    count, size = flat.shape
+    square = flat.square().sum(1)
+    tried = min(count, max(1, int(work / (count * size))))
+    rows = max(1, min(tried, memory // max(32 * count, 64 * size)))
+    holds = torch.zeros(count, dtype=torch.bool, device=x.device)
+    best = (math.inf, 0, 0)
+    for start in range(0, tried, rows):
+        part = slice(start, min(start + rows, tried))
+        region = threat.around(x[part])
+        near = torch.addmm(square[part, None] + square, flat[part], flat.T, alpha=-2)
+        near -= (size + 8) * torch.finfo(torch.float32).eps * (square[part, None] + square)
+        wanted = (near <= _reach(region)[:, None]) & (y[part, None] != y)
+        order = near.argsort(1)
+        rank, row = torch.nonzero(wanted.gather(1, order).T).T  # each example's nearest one first
+        pairs = torch.stack([row, order[row, rank]], 1)
+        for some in torch.split(pairs, max(1, memory // (128 * size))):
+            some = some[~holds[some[:, 0] + start]]
+            inside = some[region[some[:, 0]].contains(x[some[:, 1]])]
+            if not len(inside):
+                continue
+            holds[inside[:, 0] + start] = True
+            gap = (x[inside[:, 0] + start] - x[inside[:, 1]]).flatten(1).double()
+            distance, place = torch.linalg.vector_norm(gap, ord=threat.p, dim=1).min(0)
+            found = (distance.item(), int(inside[place, 0]) + start, int(inside[place, 1]))
+            best = min(best, found)
+    total = int(holds.sum())
+    return Overlap(total, tried, best[1], best[2], best[0]) if total else None
+
+
+def _reach(region: Region) -> Tensor:
+    """The squared Euclidean radius of a ball around each centre that covers its region, (B,) float32, rounded up."""
+    box = torch.maximum(region.outer_upper - region.center, region.center - region.outer_lower)
+    reach: Tensor = torch.linalg.vector_norm(box.flatten(1), dim=1)
+    if region.p != math.inf:
+        reach = torch.minimum(reach, region.outer_eps)
+    return (reach.square() * (1 + 1e-6)).float()
 
 
 def _graph_forward(network: Network) -> Callable[[Tensor], Tensor]:

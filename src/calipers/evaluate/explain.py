@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from calipers.bracket import Bracket
 from calipers.data import Data
 from calipers.errors import UnsupportedOp
-from calipers.evaluate.audit import as_data
+from calipers.evaluate.audit import as_data, inputs
 from calipers.evaluate.cascade import Side, Stage, default_cascade
 from calipers.evaluate.checks import check
 from calipers.evaluate.fold import Job, measure
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, evaluating
 from calipers.sets import ThreatModel
+from calipers.work import counting
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -28,13 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Value:
-    """What one method says: a lower end (``bound``) or an upper end (``attack``), ∓inf where it says nothing."""
+    """What one method says: a lower end (``bound``) or an upper end (``attack``), ∓inf where it says nothing.
+
+    ``work`` counts passes of the network (`calipers.work`), 0 where the method does not count.
+    """
 
     name: str
     side: Side
     margin: float
     seconds: float
     note: str = ""
+    work: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +79,7 @@ def explain(
         raise ValueError(f"index: {index} is outside 0..{len(whole) - 1}")
     x, y = whole.x[index : index + 1], whole.y[index : index + 1]
     network = model if isinstance(model, Network) else capture(model, x)
-    x, y = x.to(network.device, network.dtype), y.to(network.device)
+    x, y = inputs(x, network, threat), y.to(network.device)
     with evaluating(network.module):
         checks = check(network, x, y, threat, allow_softmax=True)
         job = Job(network, x, y, threat, seed)
@@ -97,12 +102,13 @@ def explain(
 def _value(job: Job, stage: Stage) -> tuple[Value, Bracket]:
     begin = time.perf_counter()
     note = ""
-    try:
-        part = measure(job, stage, torch.tensor([0], device=job.x.device))
-    except UnsupportedOp as error:
-        part, note = Bracket.unknown(1), f"skipped: {error}"
+    with counting() as work:
+        try:
+            part = measure(job, stage, torch.tensor([0], device=job.x.device))
+        except UnsupportedOp as error:
+            part, note = Bracket.unknown(1), f"skipped: {error}"
     took = time.perf_counter() - begin
     margin = (part.lower if stage.side == "bound" else part.upper).item()
     if math.isinf(margin) and not note:
         note = "no statement"
-    return Value(stage.name, stage.side, margin, took, note), part
+    return Value(stage.name, stage.side, margin, took, note, work.passes), part

@@ -20,6 +20,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from calipers.bounds.deployed import deviation
 from calipers.bracket import Bracket, Evidence, Model, Verdict, witness
 from calipers.errors import UnsupportedOp
 from calipers.evaluate.cascade import Stage
@@ -29,6 +30,7 @@ from calipers.graph.graph import Network
 from calipers.seeds import seeds as example_seeds
 from calipers.sets import ThreatModel
 from calipers.spec import Spec
+from calipers.work import counted, counting
 
 CHUNK = 100  # examples a batch at most
 SLICE = 5.0  # seconds a batch should last at most: what a kill can lose, and how often progress is reported
@@ -60,6 +62,8 @@ class Job:
     deadline: float = math.inf
     progress: Callable[[Progress], None] | None = None
     pressed: Callable[[], bool] = lambda: False
+    deployed: bool = False
+    memory: int | None = None
 
 
 def _unknown(bracket: Bracket) -> Tensor:
@@ -119,7 +123,7 @@ class _Run:
     ) -> None:
         self.job, self.stage, self.store, self.before, self.todo = job, stage, store, bracket, todo
         self.done: list[tuple[Tensor, Bracket]] = []
-        self.seconds = self.stored = 0.0
+        self.seconds = self.stored = self.work = 0.0
         self.tried = self.restored = 0
         self.note = ""
         self.stopped: str | None = None
@@ -152,6 +156,7 @@ class _Run:
             decided=decided,
             note=self.note or {"time": "stopped by time"}.get(str(self.stopped), self.stopped or ""),
             stored=self.stored,
+            work=self.work,
         )  # fmt: skip
         return bracket, row, self.todo[~torch.isin(self.todo, tried)]
 
@@ -160,6 +165,7 @@ class _Run:
         if found:
             rows, part, self.stored = found
             self.seconds += self.stored
+            self.work += sum(e.work for e in part.lower_evidence if e)
             self.done.append((torch.tensor(rows), part))
             self._count(part)
             self.restored = self.tried = len(rows)
@@ -168,7 +174,7 @@ class _Run:
         """The rows left: one first, then as many as SLICE seconds (or half the time left) hold at the speed so far."""
         restored = self.done[0][0] if self.done else self.todo[:0]
         left = self.todo[~torch.isin(self.todo, restored)]
-        size = 1
+        size, largest = 1, _examples(self.job, self.stage)
         begin = time.perf_counter()
         while len(left):
             remaining = self.job.deadline - time.perf_counter()
@@ -179,18 +185,21 @@ class _Run:
             left = left[size:]
             rate = (time.perf_counter() - begin) / max(self.tried - self.restored, 1)
             fits = int(min(SLICE, max(remaining, 0.0) / 2) / max(rate, 1e-9))
-            size = max(1, min(self.job.chunk, 8 * size, fits))
+            size = max(1, min(largest, 8 * size, fits))
 
     def _measure(self, rows: Tensor) -> None:
         begin = time.perf_counter()
-        part = measure(self.job, self.stage, rows.to(self.job.x.device))
+        with counting() as work:
+            part = measure(self.job, self.stage, rows.to(self.job.x.device))
         took = time.perf_counter() - begin
-        evidence = (Evidence(self.stage.name, took / len(rows)),) * len(rows)
+        share = Evidence(self.stage.name, took / len(rows), work.passes / len(rows))
+        evidence = (share,) * len(rows)
         part = replace(part, lower_evidence=evidence, upper_evidence=evidence)
         if self.store:
-            self.store.add(self.stage.name, rows.tolist(), part, took)
+            self.store.add(self.stage.name, rows.tolist(), part, took, work.passes)
         self.done.append((rows, part))
         self.seconds += took
+        self.work += work.passes
         self.tried += len(rows)
         self._count(part)
         if self.job.progress:
@@ -209,19 +218,38 @@ class _Run:
         progress(Progress(self.stage.name, self.tried, len(self.todo), robust, vulnerable, unknown))
 
 
+def _examples(job: Job, stage: Stage) -> int:
+    """The largest batch: an attack's must fit into the memory, bounds divide theirs themselves."""
+    if job.memory is None or stage.side == "bound":
+        return job.chunk
+    return max(1, min(job.chunk, job.memory // attack_bytes(job.network, job.x)))
+
+
+def attack_bytes(network: Network, x: Tensor) -> int:
+    """What one example of an attack takes, roughly: every value of the graph with its gradient (twice that, as some
+    ops keep copies), and the region and the attack's own points in float64."""
+    values = sum(math.prod(n.shape) for n in network.graph.nodes if n.name in network.graph.active)
+    return 4 * values * x.element_size() + 24 * 8 * math.prod(x.shape[1:])
+
+
 def measure(job: Job, stage: Stage, rows: Tensor) -> Bracket:
     """What one stage says about ``rows``: the only place where a method is called."""
     x = job.x[rows]
     region, spec = job.threat.around(x), Spec.label(job.y[rows], job.network.num_classes)
     if stage.side == "bound":
+        limit = {} if job.memory is None else {"memory": job.memory}
         with torch.no_grad():
             # float32 sums have a known error bound on a CPU only
             dtype = stage.dtype if x.device.type == "cpu" else torch.float64
-            values = stage.method(job.network, region, spec, dtype=dtype, rigorous=True)
+            values = stage.method(job.network, region, spec, dtype=dtype, rigorous=True, **limit)
+            if job.deployed:
+                radius = deviation(job.network, region, spec, dtype=x.dtype, **limit)
+                values = values.double() - radius
         return Bracket.from_bound(spec.margin(values), Evidence(stage.name))
     seeds = example_seeds(x, job.seed, stage.name)
-    points = stage.method(job.network, region, spec, dtype=x.dtype, seeds=seeds)
-    return witness(job.network, region, spec, points, replicas=job.replicas)
+    model = counted(job.network)
+    points = stage.method(model, region, spec, dtype=x.dtype, seeds=seeds)
+    return witness(model, region, spec, points, replicas=job.replicas)
 
 
 def _join(parts: Sequence[Bracket]) -> Bracket:

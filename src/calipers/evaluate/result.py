@@ -16,6 +16,7 @@ from torch import Tensor
 from calipers.bracket import Bracket, Verdict
 from calipers.data import Data
 from calipers.evaluate.statistics import clopper_pearson
+from calipers.grid import spacing
 from calipers.sets import Number, ThreatModel
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Row:
 
     Args:
         stored: the part of ``seconds`` spent in earlier, interrupted calls.
+        work: passes of the network, summed over examples (`calipers.work`); 0 where a method does not count.
     """
 
     name: str
@@ -39,6 +41,12 @@ class Row:
     decided: int = 0
     note: str = ""
     stored: float = 0.0
+    work: float = 0.0
+
+    @property
+    def passes(self) -> str:
+        """Passes per example, for people."""
+        return f"{self.work / self.tried:.1f}" if self.work and self.tried else "–"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,7 @@ class Audit:
         notes: what weakens the result or could not be compared.
         differences: comparison of evaluations -> largest difference of an output.
         identity: versions and content digests, as stored in a run directory.
+        deployed: whether certified speaks of the executed network too, its rounding included.
     """
 
     threat: ThreatModel
@@ -73,6 +82,7 @@ class Audit:
     notes: tuple[str, ...]
     differences: Mapping[str, float]
     identity: Mapping[str, Any]
+    deployed: bool = False
 
     def __len__(self) -> int:
         return len(self.data)
@@ -168,12 +178,8 @@ class Audit:
             "confidence_95": self.confidence and {k: list(v) for k, v in self.confidence.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
-            "threat": {
-                "norm": NORM[float(self.threat.p)],
-                "eps": _plain(self.threat.eps),
-                "lower": _plain(self.threat.lower),
-                "upper": _plain(self.threat.upper),
-            },
+            "threat": _threat(self.threat),
+            "deployed": self.deployed,
             "methods": [
                 {
                     "name": r.name,
@@ -181,6 +187,7 @@ class Audit:
                     "tried": r.tried,
                     "decided": r.decided,
                     "seconds": r.seconds,
+                    "work": r.work,
                     "note": r.note,
                 }
                 for r in self.methods
@@ -206,6 +213,17 @@ class Audit:
         from calipers.evaluate.store import write_atomically
 
         write_atomically(path, render(self))
+
+
+def _threat(threat: ThreatModel) -> dict[str, Any]:
+    """The threat model as JSON: ``grid`` and ``free`` (how many features of the mask may change) only where set."""
+    sides = {name: _plain(getattr(threat, name)) for name in ("eps", "lower", "upper")}
+    optional = {
+        "grid": None if threat.grid is None else str(spacing(threat.grid)),
+        "free": None if threat.mask is None else int(threat.mask.sum()),
+    }
+    given = {k: v for k, v in optional.items() if v is not None}
+    return {"norm": NORM[float(threat.p)], **sides, **given}
 
 
 def _plain(value: Number | Tensor) -> Any:

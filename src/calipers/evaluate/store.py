@@ -32,11 +32,15 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS unit (
     stage TEXT NOT NULL, example INTEGER NOT NULL,
     lower REAL NOT NULL, upper REAL NOT NULL, rounding REAL NOT NULL, point BLOB, seconds REAL NOT NULL,
+    work REAL NOT NULL,
     PRIMARY KEY (stage, example)
 ) WITHOUT ROWID
 """
 # the sources that decide what a stored number means; reports and the command line may change freely
-_MEASURING = ("attacks", "bounds", "graph", "ops", "bracket.py", "seeds.py", "sets.py", "spec.py")
+_MEASURING = (
+    *("attacks", "bounds", "graph", "ops", "bracket.py", "grid.py", "rounding.py", "searches.py"),
+    *("seeds.py", "sets.py", "spec.py"),
+)
 
 
 def write_atomically(path: str | Path, content: str) -> None:
@@ -115,9 +119,11 @@ class Store:
     ) -> None:
         self.connection.close()
 
-    def add(self, stage: str, rows: Sequence[int], part: Bracket, seconds: float) -> None:
-        """The units of ``rows`` in ``stage``, in one transaction."""
-        share = seconds / max(len(rows), 1)
+    def add(
+        self, stage: str, rows: Sequence[int], part: Bracket, seconds: float, work: float = 0.0
+    ) -> None:
+        """The units of ``rows`` in ``stage``, in one transaction; they share seconds and work equally."""
+        share, passes = seconds / max(len(rows), 1), work / max(len(rows), 1)
         rounding = torch.zeros(len(part)) if part.rounding is None else part.rounding
         points: Sequence[Tensor | None] = (
             [None] * len(part) if part.witness is None else part.witness.cpu().unbind()
@@ -126,13 +132,22 @@ class Store:
             rows, part.lower.tolist(), part.upper.tolist(), rounding.tolist(), points, strict=True
         )
         records = [
-            (stage, row, low, high, radius, None if p is None else p.numpy().tobytes(), share)
+            (
+                stage,
+                row,
+                low,
+                high,
+                radius,
+                None if p is None else p.numpy().tobytes(),
+                share,
+                passes,
+            )
             for row, low, high, radius, p in numbers
         ]
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             self.connection.executemany(
-                "INSERT OR REPLACE INTO unit VALUES (?, ?, ?, ?, ?, ?, ?)", records
+                "INSERT OR REPLACE INTO unit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", records
             )
             self.connection.execute("COMMIT")
         except BaseException:
@@ -146,18 +161,18 @@ class Store:
             like: one example, (*x): the shape and dtype of stored points.
         """
         found = self.connection.execute(
-            "SELECT example, lower, upper, rounding, point, seconds FROM unit WHERE stage = ? ORDER BY example",
+            "SELECT example, lower, upper, rounding, point, seconds, work FROM unit WHERE stage = ? ORDER BY example",
             (stage,),
         ).fetchall()
         if not found:
             return None
-        rows, lower, upper, rounding, points, seconds = zip(*found, strict=True)
+        rows, lower, upper, rounding, points, seconds, work = zip(*found, strict=True)
         kind = like.cpu().numpy().dtype
         witness = None
         if points[0] is not None:
             arrays = np.stack([np.frombuffer(p, kind).reshape(like.shape) for p in points])
             witness = torch.from_numpy(arrays).to(like.device)
-        evidence = tuple(Evidence(stage, s) for s in seconds)
+        evidence = tuple(Evidence(stage, s, w) for s, w in zip(seconds, work, strict=True))
         part = Bracket(
             torch.tensor(lower, dtype=torch.float64),
             torch.tensor(upper, dtype=torch.float64),

@@ -85,14 +85,15 @@ def _methods(audit: Audit) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("method", "end"):
         table.add_column(column)
-    for column in ("tried", "decided", "seconds"):
+    for column in ("tried", "decided", "seconds", "passes each"):
         table.add_column(column, justify="right")
     notes = any(row.note for row in audit.methods)
     if notes:
         table.add_column("note", style="dim")
     seen: set[str] = set()
     for row in audit.methods:
-        cells = [row.name, SIDES[row.side], str(row.tried), str(row.decided), f"{row.seconds:.2f}"]
+        counts = [str(row.tried), str(row.decided), f"{row.seconds:.2f}", row.passes]
+        cells = [row.name, SIDES[row.side], *counts]
         repeated = len(row.note) > 20 and row.note in seen
         seen.add(row.note)
         cells += ["as above" if repeated else row.note] if notes else []
@@ -105,15 +106,14 @@ def explain_table(explanation: Explanation) -> Group:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method")
     table.add_column("end")
-    for column in ("margin", "seconds"):
+    for column in ("margin", "seconds", "passes"):
         table.add_column(column, justify="right")
     table.add_column("note", style="dim")
     for value in explanation.values:
         sign = "≥" if value.side == "bound" else "≤"
         shown = "–" if math.isinf(value.margin) else f"{sign} {value.margin:+.6f}"
-        table.add_row(
-            escape(value.name), SIDES[value.side], shown, f"{value.seconds:.4f}", escape(value.note)
-        )
+        numbers = (shown, f"{value.seconds:.4f}", f"{value.work:.0f}" if value.work else "–")
+        table.add_row(escape(value.name), SIDES[value.side], *numbers, escape(value.note))
     lower, upper = explanation.bracket.lower.item(), explanation.bracket.upper.item()
     verdict = explanation.bracket.verdict()[0]
     return Group(
