@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from itertools import chain, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,39 +31,20 @@ _INF = math.inf
 
 Lift = Callable[[Tensor, Tensor], dict[str, Tensor]]
 Conjunction = tuple[Node, ...]
+# A side of a box: the float64 numbers just inside and just outside its exact ends, upper ends negated: then the
+# intersection is the elementwise maximum.
+Ends = tuple[float, float, float, float]  # inner lower, −inner upper, outer lower, −outer upper
+_FREE: Ends = (-_INF, -_INF, -_INF, -_INF)
+_FLIPPED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "=": "="}
 
 
 class Case(NamedTuple):
-    """Boxes that share the form of their clauses: unsafe iff some row of ``region`` has a point violating its row
-    of ``spec``. ``lift(x, y)`` names the tensors of one point (its batch axis may be kept or dropped)."""
+    """Boxes that share the form of their clauses: unsafe iff some row of ``region`` has a point whose outputs violate
+    its row of ``spec``. ``lift(x, y)`` names the tensors of one point, with or without its batch axis."""
 
     region: Region
     spec: Spec
     lift: Lift
-
-
-class Side(NamedTuple):
-    """One feature's interval: the tightest float64 numbers inside and around the exact ends."""
-
-    low: float = -_INF
-    high: float = _INF
-    outer_low: float = -_INF
-    outer_high: float = _INF
-
-    def meet(self, other: Side) -> Side:
-        return Side(
-            max(self.low, other.low),
-            min(self.high, other.high),
-            max(self.outer_low, other.outer_low),
-            min(self.outer_high, other.outer_high),
-        )
-
-    @property
-    def void(self) -> bool:
-        return self.outer_low > self.outer_high
-
-
-Box = dict[int, Side]
 
 
 class Row(NamedTuple):
@@ -78,59 +59,54 @@ _ALWAYS = Row((), Fraction(-1), False)
 
 
 class Part(NamedTuple):
-    """A conjunction of relations: a box, and rows."""
+    """A conjunction of relations, taken apart."""
 
-    box: Box
+    bounds: list[tuple[int, Ends]]
     rows: tuple[Row, ...]
 
 
 def lower(
     text: Text, input_shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
 ) -> list[Case]:
-    """The cases of a query; none if no point at all can be unsafe. Arguments and errors: see `calipers.vnnlib.load`."""
+    """The cases of a query; none if nothing can be unsafe. Arguments and errors: see `calipers.vnnlib.load`."""
     shape = text.input.shape if input_shape is None else tuple(input_shape)
     if math.prod(shape) != text.input.size:
         raise text.source.error(
             text.input.at,
-            f"declares {text.input.size} inputs, the network's input shape {shape} has {math.prod(shape)}; "
+            f"declares {text.input.size} inputs, but the network's input shape {shape} has {math.prod(shape)}; "
             "is this the network of the query?",
         )
-    parts: dict[int, Part | None] = {}
+    known: dict[int, Part | None] = {}
     plain, branches = _split(text)
-    base = _part(text, plain, parts)
+    base = _part(text, plain, known)
     if base is None:
         return []
-    _check_base(text, base.box, plain)
-    by_box: dict[tuple[tuple[int, Side], ...], list[tuple[Row, ...]]] = defaultdict(list)
-    for branch in branches:
-        part = _part(text, branch, parts)
-        if part is None:
-            continue
-        box = {i: s.meet(base.box[i]) if i in base.box else s for i, s in part.box.items()}
-        if not any(s.void for s in box.values()):
-            by_box[tuple(sorted(box.items()))].append(base.rows + part.rows or (_ALWAYS,))
-    groups = defaultdict(list)
-    for key, clauses in by_box.items():
-        groups[_form(clauses)].append((key, clauses))
-    lift = _lift(text)
-    return [
-        Case(
-            _region(text, base.box, [key for key, _ in members], shape, dtype),
-            _spec(text, [clauses for _, clauses in members]),
-            lift,
+    common = _common_box(text, base, plain)
+    parts = [part for branch in branches if (part := _part(text, branch, known)) is not None]
+    touched, own = _own_boxes(text, common, parts)
+    by_box: dict[bytes, list[int]] = defaultdict(list)
+    for b in np.flatnonzero(~_void(own).any(1)).tolist():
+        by_box[own[b].tobytes()].append(b)
+    groups: dict[Any, list[tuple[int, list[tuple[Row, ...]]]]] = defaultdict(list)
+    for same in by_box.values():
+        clauses = [base.rows + parts[b].rows or (_ALWAYS,) for b in same]
+        groups[tuple(tuple(row.open for row in rows) for rows in clauses)].append(
+            (same[0], clauses)
         )
-        for members in groups.values()
-    ]
 
-
-def _lift(text: Text) -> Lift:
     def lift(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return {
-            text.input.name: x.reshape(text.input.shape),
-            text.output.name: y.reshape(text.output.shape),
-        }
+        return {v.name: t.reshape(v.shape) for v, t in ((text.input, x), (text.output, y))}
 
-    return lift
+    cases = []
+    for members in groups.values():
+        first = [b for b, _ in members]
+        _check_size(text, len(first) * common.size)
+        ends = np.repeat(common[None], len(first), 0)
+        ends[:, touched] = own[first]
+        cases.append(
+            Case(_region(text, ends, shape, dtype), _spec(text, [c for _, c in members]), lift)
+        )
+    return cases
 
 
 # -- Boolean structure -----------------------------------------------------------------------------------
@@ -185,93 +161,81 @@ def _limit(text: Text, count: int, node: Node) -> None:
 
 
 def _part(text: Text, nodes: Conjunction, known: dict[int, Part | None]) -> Part | None:
-    """The box and the rows of a conjunction; None if a constant relation is false."""
-    box: Box = {}
+    """The bounds and the rows of a conjunction; None if a constant relation is false."""
+    bounds: list[tuple[int, Ends]] = []
     rows: list[Row] = []
     for node in nodes:
-        bound = _bound(node)
-        if bound is None:
-            if id(node) not in known:  # a node recurs in many disjuncts of a product
-                known[id(node)] = _general(text, node)
-            part = known[id(node)]
-            if part is None:
-                return None
-            rows.extend(part.rows)
-            found: Iterable[tuple[int, Side]] = part.box.items()
-        else:
-            found = (bound,)
-        for i, side in found:
-            box[i] = box[i].meet(side) if i in box else side
-    return Part(box, tuple(rows))
+        op, (left, right), _ = node
+        if isinstance(left, Decimal):
+            op, left, right = _FLIPPED[op], right, left
+        if isinstance(left, int) and left >= 0 and isinstance(right, Decimal):
+            bounds.append((left, _ends(op, right)))  # the frequent relation: no rational arithmetic
+            continue
+        if id(node) not in known:  # a node recurs in many disjuncts of a product
+            known[id(node)] = _general(text, node)
+        part = known[id(node)]
+        if part is None:
+            return None
+        bounds += part.bounds
+        rows += part.rows
+    return Part(bounds, tuple(rows))
 
 
-_FLIPPED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "=": "="}
-
-
-def _bound(node: Node) -> tuple[int, Side] | None:
-    """An input's bound: the frequent relation, without rational arithmetic."""
-    op, (left, right), _ = node
-    if isinstance(left, Decimal):
-        op, left, right = _FLIPPED[op], right, left
-    if isinstance(left, int) and left >= 0 and isinstance(right, Decimal):
-        return left, _side(op, right)
-    return None
-
-
-def _side(op: str, value: Decimal | Fraction) -> Side:
+def _ends(op: str, value: Decimal | Fraction) -> Ends:
     """x op value."""
     near = float(value)
-    back = type(value)(near)  # exact, so the comparisons are
+    back = type(value)(near)  # exact, and so are comparisons
     below = near if back <= value else math.nextafter(near, -_INF)
     above = near if back >= value else math.nextafter(near, _INF)
     if op == "<=":
-        return Side(high=below, outer_high=above)
+        return -_INF, -below, -_INF, -above
     if op == ">=":
-        return Side(low=above, outer_low=below)
+        return above, -_INF, below, -_INF
     if op == "=":
-        return Side(above, below, below, above)
+        return above, -below, below, -above
+    inside = math.nextafter(near, -_INF if op == "<" else _INF) if back == value else None
     if op == "<":
-        return Side(high=below if below < value else math.nextafter(below, -_INF), outer_high=above)
-    return Side(low=above if above > value else math.nextafter(above, _INF), outer_low=below)
+        return -_INF, -(below if inside is None else inside), -_INF, -above
+    return (above if inside is None else inside), -_INF, below, -_INF
 
 
 def _general(text: Text, node: Node) -> Part | None:
-    """Any other relation: a bound after solving for the input, a row, or a constant."""
+    """Any other relation: a constant, rows, or a bound after solving for the input."""
     left, right = node.args
     form = plus(affine(left), scaled(affine(right), Fraction(-1)))  # form op 0
     if not form.coefficients:
-        true = {"<=": form.constant <= 0, ">=": form.constant >= 0, "<": form.constant < 0,
-                ">": form.constant > 0, "=": form.constant == 0}[node.op]  # fmt: skip
-        return Part({}, ()) if true else None
+        sign = (form.constant > 0) - (form.constant < 0)
+        true = sign in {"<=": (-1, 0), ">=": (0, 1), "<": (-1,), ">": (1,), "=": (0,)}[node.op]
+        return Part([], ()) if true else None
     inputs = [v for v in form.coefficients if v >= 0]
     if not inputs:
-        return Part({}, tuple(_rows(text, form, node)))
+        return Part([], tuple(_rows(text, form, node)))
     if len(form.coefficients) > 1:
-        names = ", ".join(
-            (text.input.element(v) if v >= 0 else text.output.element(~v))
-            for v in [*form.coefficients][:4]
-        )
+        names = [
+            text.input.element(v) if v >= 0 else text.output.element(~v) for v in form.coefficients
+        ]
         raise text.source.error(
             node.at,
-            f"relates several variables, an input among them ({names}); supported are bounds on single inputs and "
-            "relations among outputs. Let the network output the input too",
+            f"relates several variables, an input among them ({', '.join(names[:4])}); supported are bounds on "
+            "single inputs and relations among outputs: let the network output that input too",
         )
     slope = form.coefficients[inputs[0]]
     limit = -form.constant / slope
     _in_range(text, node, limit)
-    return Part({inputs[0]: _side(node.op if slope > 0 else _FLIPPED[node.op], limit)}, ())
+    return Part([(inputs[0], _ends(node.op if slope > 0 else _FLIPPED[node.op], limit))], ())
 
 
 def _rows(text: Text, form: Affine, node: Node) -> Iterator[Row]:
     """form op 0 as rows <= 0; coefficients become integers where float64 cannot hold them."""
     _in_range(text, node, *form.coefficients.values(), form.constant)
     if not _representable(form):
-        form = scaled(
-            form, Fraction(math.lcm(*(c.denominator for c in form.coefficients.values())))
-        )
+        denominators = (c.denominator for c in form.coefficients.values())
+        form = scaled(form, Fraction(math.lcm(*denominators)))
         _in_range(text, node, *form.coefficients.values(), form.constant)
         if not _representable(form):
-            raise text.source.error(node.at, "a coefficient has too many digits for float64")
+            raise text.source.error(
+                node.at, "coefficients with too many digits for float64; round them"
+            )
     for op in ("<=", ">=") if node.op == "=" else (node.op,):
         signed = form if op in ("<=", "<") else scaled(form, Fraction(-1))
         outputs = tuple(sorted((~v, c) for v, c in signed.coefficients.items()))
@@ -287,70 +251,78 @@ def _in_range(text: Text, node: Node, *values: Fraction) -> None:
         raise text.source.error(node.at, "a value exceeds the largest float64")
 
 
-# -- tensors ---------------------------------------------------------------------------------------------
+# -- boxes -----------------------------------------------------------------------------------------------
 
 
-def _check_base(text: Text, box: Box, plain: Conjunction) -> None:
-    void = next((i for i, side in box.items() if side.void), None)
-    if void is None:
-        return
-    last = [n for n in plain if void in variables(n)][-1]
-    side, name = box[void], text.input.element(void)
-    raise text.source.error(
-        last.at,
-        f"{name} has lower bound {side.outer_low:.9g} above its upper bound {side.outer_high:.9g}; "
-        "no input is left",
+def _void(ends: Any) -> Any:
+    """Where the outer ends leave nothing: (..., 4) to (...)."""
+    return ends[..., 2] > -ends[..., 3]
+
+
+def _common_box(text: Text, base: Part, plain: Conjunction) -> Any:
+    """What holds in every disjunct: (inputs, 4)."""
+    _check_size(text, text.input.size * 4)
+    box = np.tile(np.array(_FREE), (text.input.size, 1))
+    if base.bounds:
+        features, ends = zip(*base.bounds, strict=True)
+        np.maximum.at(box, np.array(features), np.array(ends))
+    void = np.flatnonzero(_void(box))
+    if len(void):
+        i = int(void[0])
+        last = [n for n in plain if i in variables(n)][-1]
+        raise text.source.error(
+            last.at,
+            f"{text.input.element(i)} has lower bound {box[i, 2]:.9g} above its upper bound {-box[i, 3]:.9g}, "
+            "so no input is left",
+        )
+    return box
+
+
+def _own_boxes(text: Text, common: Any, parts: Sequence[Part]) -> tuple[Any, Any]:
+    """The features that single disjuncts bound, (F,), and the box of each disjunct there, (disjuncts, F, 4)."""
+    owner = [b for b, part in enumerate(parts) for _ in part.bounds]
+    bounds = [bound for part in parts for bound in part.bounds]
+    touched, place = np.unique(
+        np.array([i for i, _ in bounds], dtype=np.int64), return_inverse=True
     )
+    _check_size(text, len(parts) * len(touched) * 4)
+    boxes = np.repeat(common[None, touched], len(parts), 0)
+    if bounds:
+        np.maximum.at(boxes, (np.array(owner), place), np.array([ends for _, ends in bounds]))
+    return touched, boxes + 0.0  # equal boxes are compared by their bytes, so no −0
+
+
+# -- tensors ---------------------------------------------------------------------------------------------
 
 
 def box(inner: Interval, outer: Interval) -> Region:
     """The box between exact ends, given the float64 numbers inside and around them, (B, *x) each.
 
-    A side without a float64 number (inner lower above inner upper) is allowed: then no point is a member, while
-    bounds hold for the real numbers in it.
+    A side may hold no float64 number (inner lower above inner upper): then no point is a member, while bounds hold for
+    the real numbers in it.
     """
-    middle = torch.minimum(
-        torch.maximum(inner.lower / 2 + inner.upper / 2, inner.lower), inner.upper
-    )
+    middle = (inner.lower / 2 + inner.upper / 2).maximum(inner.lower).minimum(inner.upper)
     eps = torch.full((len(middle),), _INF, dtype=torch.float64)
     return Region(middle, eps, _INF, inner.lower, inner.upper, eps, outer.lower, outer.upper)
 
 
-def _region(
-    text: Text,
-    base: Box,
-    boxes: Sequence[tuple[tuple[int, Side], ...]],
-    shape: tuple[int, ...],
-    dtype: torch.dtype | None,
-) -> Region:
-    """One row per box: the base's sides, and the box's own where it has some."""
-    _check_size(text, len(boxes) * text.input.size * len(Side._fields))
-    table = np.empty((text.input.size, len(Side._fields)))
-    table[:] = Side()
-    table[list(base)] = list(base.values()) or np.empty((0, len(Side._fields)))
-    whole = np.repeat(table[None], len(boxes), 0)
-    own = [(b, i, side) for b, sides in enumerate(boxes) for i, side in sides]
-    if own:
-        rows, features, sides = zip(*own, strict=True)
-        whole[list(rows), list(features)] = sides
-    if not np.isfinite(whole).all():
-        _, feature, end = (int(k[0]) for k in np.nonzero(~np.isfinite(whole)))
-        side = "upper" if end % 2 else "lower"
-        raise text.source.error(
-            text.input.at, f"{text.input.element(feature)} has no {side} bound; assert one"
-        )
-    ends = torch.from_numpy(whole).reshape(len(boxes), *shape, -1)
-    low, high, outer_low, outer_high = (t.contiguous() for t in ends.unbind(-1))
+def _region(text: Text, ends: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Region:
+    """``ends`` (B, inputs, 4) as a batch of boxes."""
+    if not np.isfinite(ends).all():
+        _, feature, end = (int(k[0]) for k in np.nonzero(~np.isfinite(ends)))
+        name, side = text.input.element(feature), "upper" if end % 2 else "lower"
+        raise text.source.error(text.input.at, f"{name} has no {side} bound; assert one")
+    columns = torch.from_numpy(ends).reshape(len(ends), *shape, 4).unbind(-1)
+    low, high, outer_low, outer_high = columns[0], -columns[1], columns[2], -columns[3]
     if dtype is not None:
         none = cast(low, dtype, _INF) > cast(high, dtype, -_INF)
         low = torch.where(none, outer_low.to(dtype).double(), low)
         high = torch.where(none, outer_high.to(dtype).double(), high)
-        outer_low, outer_high = torch.minimum(low, outer_low), torch.maximum(high, outer_high)
-    return box(Interval(low, high), Interval(outer_low, outer_high))
-
-
-def _form(clauses: Sequence[tuple[Row, ...]]) -> tuple[tuple[bool, ...], ...]:
-    return tuple(tuple(row.open for row in rows) for rows in clauses)
+        outer_low, outer_high = outer_low.minimum(low), outer_high.maximum(high)
+    return box(
+        Interval(low.contiguous(), high.contiguous()),
+        Interval(outer_low.contiguous(), outer_high.contiguous()),
+    )
 
 
 def _spec(text: Text, members: Sequence[Sequence[tuple[Row, ...]]]) -> Spec:
@@ -363,7 +335,7 @@ def _spec(text: Text, members: Sequence[Sequence[tuple[Row, ...]]]) -> Spec:
         for m, row in enumerate(chain.from_iterable(clauses)):
             for output, coefficient in row.coefficients:
                 C[b, m, output] = coefficient
-            d[b, m] = _side("<=", row.constant).high
+            d[b, m] = _ends(">=", row.constant)[2]
     clause = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     strict = torch.tensor([not row.open for row in chain.from_iterable(members[0])])
     return Spec(torch.from_numpy(C), torch.from_numpy(d), clause, strict)
@@ -372,6 +344,5 @@ def _spec(text: Text, members: Sequence[Sequence[tuple[Row, ...]]]) -> Spec:
 def _check_size(text: Text, count: int) -> None:
     if count > MAX_NUMBERS:
         raise text.source.error(
-            0,
-            f"needs a tensor of {count} numbers, more than the limit of {MAX_NUMBERS}; split the query",
+            0, f"needs a tensor of {count} numbers, more than the limit of {MAX_NUMBERS}; split it"
         )
