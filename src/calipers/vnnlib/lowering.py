@@ -31,10 +31,10 @@ _INF = math.inf
 
 Lift = Callable[[Tensor, Tensor], dict[str, Tensor]]
 Conjunction = tuple[Node, ...]
-# A side of a box: the float64 numbers just inside and just outside its exact ends, upper ends negated: then the
-# intersection is the elementwise maximum.
-Ends = tuple[float, float, float, float]  # inner lower, −inner upper, outer lower, −outer upper
-_FREE: Ends = (-_INF, -_INF, -_INF, -_INF)
+# A side of a box: the float64 numbers just inside, just outside and nearest to its exact ends, upper ends negated:
+# then the intersection is the elementwise maximum.
+Ends = tuple[float, float, float, float, float, float]
+_FREE: Ends = (-_INF,) * 6
 _FLIPPED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "=": "="}
 
 
@@ -187,16 +187,13 @@ def _ends(op: str, value: Decimal | Fraction) -> Ends:
     back = type(value)(near)  # exact, and so are comparisons
     below = near if back <= value else math.nextafter(near, -_INF)
     above = near if back >= value else math.nextafter(near, _INF)
-    if op == "<=":
-        return -_INF, -below, -_INF, -above
-    if op == ">=":
-        return above, -_INF, below, -_INF
     if op == "=":
-        return above, -below, below, -above
-    inside = math.nextafter(near, -_INF if op == "<" else _INF) if back == value else None
-    if op == "<":
-        return -_INF, -(below if inside is None else inside), -_INF, -above
-    return (above if inside is None else inside), -_INF, below, -_INF
+        return above, -below, below, -above, near, -near
+    if op in ("<", ">") and back == value:
+        below, above = math.nextafter(near, -_INF), math.nextafter(near, _INF)
+    if op in ("<=", "<"):
+        return -_INF, -below, -_INF, -above, -_INF, -near
+    return above, -_INF, below, -_INF, near, -_INF
 
 
 def _general(text: Text, node: Node) -> Part | None:
@@ -255,13 +252,13 @@ def _in_range(text: Text, node: Node, *values: Fraction) -> None:
 
 
 def _void(ends: Any) -> Any:
-    """Where the outer ends leave nothing: (..., 4) to (...)."""
+    """Where the outer ends leave nothing: (..., 6) to (...)."""
     return ends[..., 2] > -ends[..., 3]
 
 
 def _common_box(text: Text, base: Part, plain: Conjunction) -> Any:
-    """What holds in every disjunct: (inputs, 4)."""
-    _check_size(text, text.input.size * 4)
+    """What holds in every disjunct: (inputs, 6)."""
+    _check_size(text, text.input.size * len(_FREE))
     box = np.tile(np.array(_FREE), (text.input.size, 1))
     if base.bounds:
         features, ends = zip(*base.bounds, strict=True)
@@ -279,13 +276,13 @@ def _common_box(text: Text, base: Part, plain: Conjunction) -> Any:
 
 
 def _own_boxes(text: Text, common: Any, parts: Sequence[Part]) -> tuple[Any, Any]:
-    """The features that single disjuncts bound, (F,), and the box of each disjunct there, (disjuncts, F, 4)."""
+    """The features that single disjuncts bound, (F,), and the box of each disjunct there, (disjuncts, F, 6)."""
     owner = [b for b, part in enumerate(parts) for _ in part.bounds]
     bounds = [bound for part in parts for bound in part.bounds]
     touched, place = np.unique(
         np.array([i for i, _ in bounds], dtype=np.int64), return_inverse=True
     )
-    _check_size(text, len(parts) * len(touched) * 4)
+    _check_size(text, len(parts) * len(touched) * len(_FREE))
     boxes = np.repeat(common[None, touched], len(parts), 0)
     if bounds:
         np.maximum.at(boxes, (np.array(owner), place), np.array([ends for _, ends in bounds]))
@@ -307,17 +304,17 @@ def box(inner: Interval, outer: Interval) -> Region:
 
 
 def _region(text: Text, ends: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> Region:
-    """``ends`` (B, inputs, 4) as a batch of boxes."""
+    """``ends`` (B, inputs, 6) as a batch of boxes."""
     if not np.isfinite(ends).all():
         _, feature, end = (int(k[0]) for k in np.nonzero(~np.isfinite(ends)))
         name, side = text.input.element(feature), "upper" if end % 2 else "lower"
         raise text.source.error(text.input.at, f"{name} has no {side} bound; assert one")
-    columns = torch.from_numpy(ends).reshape(len(ends), *shape, 4).unbind(-1)
+    columns = torch.from_numpy(ends).reshape(len(ends), *shape, len(_FREE)).unbind(-1)
     low, high, outer_low, outer_high = columns[0], -columns[1], columns[2], -columns[3]
     if dtype is not None:
         none = cast(low, dtype, _INF) > cast(high, dtype, -_INF)
-        low = torch.where(none, outer_low.to(dtype).double(), low)
-        high = torch.where(none, outer_high.to(dtype).double(), high)
+        low = torch.where(none, columns[4].to(dtype).double(), low)
+        high = torch.where(none, -columns[5].to(dtype).double(), high)
         outer_low, outer_high = outer_low.minimum(low), outer_high.maximum(high)
     return box(
         Interval(low.contiguous(), high.contiguous()),
@@ -335,7 +332,7 @@ def _spec(text: Text, members: Sequence[Sequence[tuple[Row, ...]]]) -> Spec:
         for m, row in enumerate(chain.from_iterable(clauses)):
             for output, coefficient in row.coefficients:
                 C[b, m, output] = coefficient
-            d[b, m] = _ends(">=", row.constant)[2]
+            d[b, m] = -_ends("<=", row.constant)[1]
     clause = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     strict = torch.tensor([not row.open for row in chain.from_iterable(members[0])])
     return Spec(torch.from_numpy(C), torch.from_numpy(d), clause, strict)
