@@ -35,6 +35,7 @@ Conjunction = tuple[Node, ...]
 # then the intersection is the elementwise maximum.
 Ends = tuple[float, float, float, float, float, float]
 _FREE: Ends = (-_INF,) * 6
+_SIGNS = {"<=": 1, "<": 1, ">=": -1, ">": -1}
 _FLIPPED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<", "=": "="}
 
 
@@ -50,8 +51,8 @@ class Case(NamedTuple):
 class Row(NamedTuple):
     """Unsafe needs Σ coefficient · output + constant <= 0 (< 0 where ``open``)."""
 
-    coefficients: tuple[tuple[int, Fraction], ...]
-    constant: Fraction
+    coefficients: tuple[tuple[int, Fraction | int], ...]
+    constant: Fraction | Decimal
     open: bool
 
 
@@ -168,9 +169,15 @@ def _part(text: Text, nodes: Conjunction, known: dict[int, Part | None]) -> Part
         op, (left, right), _ = node
         if isinstance(left, Decimal):
             op, left, right = _FLIPPED[op], right, left
-        if isinstance(left, int) and left >= 0 and isinstance(right, Decimal):
-            bounds.append((left, _ends(op, right)))  # the frequent relation: no rational arithmetic
-            continue
+        if isinstance(left, int) and isinstance(right, Decimal):  # frequent: no rational arithmetic
+            if left >= 0:
+                bounds.append((left, _ends(op, right)))
+                continue
+            if op in _SIGNS:
+                sign = _SIGNS[op]
+                constant = right.copy_negate() if sign > 0 else right  # a plain minus would round
+                rows.append(Row(((~left, sign),), constant, op in ("<", ">")))
+                continue
         if id(node) not in known:  # a node recurs in many disjuncts of a product
             known[id(node)] = _general(text, node)
         part = known[id(node)]
@@ -234,7 +241,7 @@ def _rows(text: Text, form: Affine, node: Node) -> Iterator[Row]:
                 node.at, "coefficients with too many digits for float64; round them"
             )
     for op in ("<=", ">=") if node.op == "=" else (node.op,):
-        signed = form if op in ("<=", "<") else scaled(form, Fraction(-1))
+        signed = scaled(form, Fraction(_SIGNS[op]))
         outputs = tuple(sorted((~v, c) for v, c in signed.coefficients.items()))
         yield Row(outputs, signed.constant, op in ("<", ">"))
 
