@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 import calipers as cp
+from calipers.errors import CalipersError
 from calipers.graph.onnx import session
 from calipers.vnnlib import Instance, Query, instances, load
 
@@ -58,7 +61,119 @@ def pgd(
         start += batch
 
 
-ATTACKS: dict[str, Attack] = {"pgd": pgd}
+def tactics(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float) -> Iterator[Found]:
+    """Few random points first, PGD, descents from CROWN's minimisers, then samples whose best are descended from.
+
+    What the plain restarts miss, and what finds it: slow networks with large violated sets (two forward passes instead
+    of a thousand), clauses of several functionals (the sum of what is missing instead of the worst), needles in low
+    dimension (many samples, few descents), needles in high dimension (where CROWN's linear bound is lowest).
+    """
+    end = time.perf_counter() + seconds
+    generator = torch.Generator().manual_seed(0)
+    low, high = region.inner(model.dtype)
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(region), (count,), generator=generator)
+        unit = torch.rand((count, *low.shape[1:]), generator=generator, dtype=model.dtype)
+        return (low[rows] + unit * (high - low)[rows]).clamp(low[rows], high[rows]), rows
+
+    pace = 0.0
+    for count in (1, 4, 16, 64, 256):
+        points, rows = draw(count)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            model(points)
+        pace = (time.perf_counter() - begin) / count
+        yield points, rows
+        if pace * count > 0.02:
+            break
+    few = int(min(128, max(4, 0.001 / pace)))
+    yield first(model, region, spec)
+    yield from starts_of_crown(model, region, spec, end)
+    while time.perf_counter() < end:
+        many = int(min(200_000, max(few, 0.1 / pace), 2**26 // low[0].numel()))
+        points, rows = draw(many)
+        with torch.no_grad():
+            missing = lacks(model(points), spec[rows])
+        for clause in range(missing.shape[1]):
+            top = missing[:, clause].topk(min(few, many), largest=False).indices
+            for size in (0.1, 0.03, 0.5):
+                yield descend(model, region, spec, points[top], rows[top], clause, size), rows[top]
+                if time.perf_counter() > end:
+                    return
+
+
+def first(model: cp.Network, region: cp.Region, spec: cp.Spec) -> Found:
+    points = cp.pgd(
+        model, region, spec, steps=40, loss="margin", drop=True, dtype=model.dtype,
+    )  # fmt: skip
+    return points, torch.arange(len(region))
+
+
+def starts_of_crown(
+    model: cp.Network, region: cp.Region, spec: cp.Spec, end: float
+) -> Iterator[Found]:
+    """For each functional the corner where CROWN's bound is lowest, by its gradient in the box; then descents."""
+    low = region.outer_lower.clone().requires_grad_()
+    high = region.outer_upper.clone().requires_grad_()
+    try:
+        bounds = cp.crown(
+            model, replace(region, outer_lower=low, outer_upper=high, _cache={}), spec
+        )
+    except CalipersError:
+        return
+    rows = torch.arange(len(region))
+    inner = region.inner(model.dtype)
+    order = bounds.detach().amin(0).argsort()[:16].tolist()
+    for m in order:
+        slopes = torch.autograd.grad(bounds[:, m].sum(), (low, high), retain_graph=True)
+        corner = torch.where(slopes[0] + slopes[1] > 0, inner.lower, inner.upper)
+        yield corner, rows
+        clause = int(spec.clause[m])
+        for size in (0.1, 0.3):
+            yield descend(model, region, spec, corner, rows, clause, size), rows
+        if time.perf_counter() > end:
+            return
+
+
+def lacks(y: Tensor, spec: cp.Spec) -> Tensor:
+    """How much every clause is from being violated: the sum of its positive values, (B, clauses)."""
+    values = spec.values(y).clamp_min(0)
+    zero = values.new_zeros(len(values), int(spec.clause.max()) + 1)
+    return zero.scatter_add(1, spec.clause.expand_as(values), values)
+
+
+def descend(
+    model: cp.Network,
+    region: cp.Region,
+    spec: cp.Spec,
+    points: Tensor,
+    rows: Tensor,
+    clause: int,
+    size: float,
+    steps: int = 100,
+) -> Tensor:
+    """Adam on what one clause lacks, in units of the box, steps shrinking like a cosine; stops at the first success."""
+    region, spec = region[rows], spec[rows]
+    unit = region.unit.to(points.dtype)
+    mean, square = torch.zeros_like(points), torch.zeros_like(points)
+    for t in range(steps):
+        with torch.enable_grad():
+            leaf = points.detach().requires_grad_()
+            y = model(leaf)
+            (gradient,) = torch.autograd.grad(lacks(y, spec)[:, clause].sum(), leaf)
+        if bool((spec.margin_at(y.detach()) <= 0).any()):
+            break
+        gradient = gradient * unit
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.99 * square + 0.01 * gradient.square()
+        step = (mean / (1 - 0.9 ** (t + 1))) / ((square / (1 - 0.99 ** (t + 1))).sqrt() + 1e-12)
+        length = size * 0.5 * (1 + math.cos(math.pi * t / steps))
+        points = region.project(points - length * unit * step)
+    return points
+
+
+ATTACKS: dict[str, Attack] = {"pgd": pgd, "tactics": tactics}
 
 
 def solve(instance: Instance, attack: Attack, seconds: float) -> str:
