@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -62,7 +63,7 @@ def pgd(
 
 
 def tactics(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float) -> Iterator[Found]:
-    """Few random points first, PGD, descents from CROWN's minimisers, then samples whose best are descended from.
+    """Few random points, PGD, descents from the best of many samples and from CROWN's minimisers, in this order.
 
     What the plain restarts miss, and what finds it: slow networks with large violated sets (two forward passes instead
     of a thousand), clauses of several functionals (the sum of what is missing instead of the worst), needles in low
@@ -87,9 +88,9 @@ def tactics(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float)
         yield points, rows
         if pace * count > 0.02:
             break
-    few = int(min(128, max(4, 0.001 / pace)))
+    few = int(min(128, max(16, 0.005 / pace)))
     yield first(model, region, spec)
-    yield from starts_of_crown(model, region, spec, end)
+    crown = False
     while time.perf_counter() < end:
         many = int(min(200_000, max(few, 0.1 / pace), 2**26 // low[0].numel()))
         points, rows = draw(many)
@@ -97,10 +98,15 @@ def tactics(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float)
             missing = lacks(model(points), spec[rows])
         for clause in range(missing.shape[1]):
             top = missing[:, clause].topk(min(few, many), largest=False).indices
-            for size in (0.1, 0.03, 0.5):
-                yield descend(model, region, spec, points[top], rows[top], clause, size), rows[top]
+            clauses = torch.full((len(top),), clause)
+            for size in (0.3, 0.1, 0.03):
+                x = descend(model, region, spec, points[top], rows[top], clauses, size, end)
+                yield x, rows[top]
                 if time.perf_counter() > end:
                     return
+        if not crown:
+            yield from starts_of_crown(model, region, spec, end)
+        crown = True
 
 
 def first(model: cp.Network, region: cp.Region, spec: cp.Spec) -> Found:
@@ -124,16 +130,15 @@ def starts_of_crown(
         return
     rows = torch.arange(len(region))
     inner = region.inner(model.dtype)
-    order = bounds.detach().amin(0).argsort()[:16].tolist()
-    for m in order:
+    corners, clauses = [], []
+    for m in bounds.detach().amin(0).argsort()[:16].tolist():
         slopes = torch.autograd.grad(bounds[:, m].sum(), (low, high), retain_graph=True)
-        corner = torch.where(slopes[0] + slopes[1] > 0, inner.lower, inner.upper)
-        yield corner, rows
-        clause = int(spec.clause[m])
-        for size in (0.1, 0.3):
-            yield descend(model, region, spec, corner, rows, clause, size), rows
-        if time.perf_counter() > end:
-            return
+        corners.append(torch.where(slopes[0] + slopes[1] > 0, inner.lower, inner.upper))
+        clauses.append(spec.clause[m].expand(len(region)))
+    points, rows, clause = torch.cat(corners), rows.repeat(len(corners)), torch.cat(clauses)
+    yield points, rows
+    for size in (0.1, 0.3):
+        yield descend(model, region, spec, points, rows, clause, size, end), rows
 
 
 def lacks(y: Tensor, spec: cp.Spec) -> Tensor:
@@ -149,11 +154,12 @@ def descend(
     spec: cp.Spec,
     points: Tensor,
     rows: Tensor,
-    clause: int,
+    clause: Tensor,
     size: float,
+    end: float,
     steps: int = 100,
 ) -> Tensor:
-    """Adam on what one clause lacks, in units of the box, steps shrinking like a cosine; stops at the first success."""
+    """Adam on what each point's clause lacks, in units of the box, with a cosine's steps; the first success ends it."""
     region, spec = region[rows], spec[rows]
     unit = region.unit.to(points.dtype)
     mean, square = torch.zeros_like(points), torch.zeros_like(points)
@@ -161,8 +167,8 @@ def descend(
         with torch.enable_grad():
             leaf = points.detach().requires_grad_()
             y = model(leaf)
-            (gradient,) = torch.autograd.grad(lacks(y, spec)[:, clause].sum(), leaf)
-        if bool((spec.margin_at(y.detach()) <= 0).any()):
+            (gradient,) = torch.autograd.grad(lacks(y, spec).gather(1, clause[:, None]).sum(), leaf)
+        if bool((spec.margin_at(y.detach()) <= 0).any()) or time.perf_counter() > end:
             break
         gradient = gradient * unit
         mean = 0.9 * mean + 0.1 * gradient
@@ -181,13 +187,13 @@ def solve(instance: Instance, attack: Attack, seconds: float) -> str:
     end = time.perf_counter() + seconds
     net = cp.load_onnx(instance.onnx)
     query = load(instance.vnnlib, input_shape=net.input_shape, dtype=net.dtype)
-    replica = session(instance.onnx)
+    replica = cache(lambda: session(instance.onnx))  # made when there is something to replay
     for region, spec, _ in query.cases:
         for points, rows in attack(net, region, spec, end - time.perf_counter()):
             margin = spec[rows].margin_at(net(points).double())
             for i in torch.nonzero(margin <= 0).flatten()[:4].tolist():
                 one = rows[i : i + 1]
-                verdict = judge(net, replica, query, region[one], spec[one], points[i : i + 1])
+                verdict = judge(net, replica(), query, region[one], spec[one], points[i : i + 1])
                 if verdict != "none":
                     return verdict
             if time.perf_counter() > end:
