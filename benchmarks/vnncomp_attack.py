@@ -96,14 +96,14 @@ def tactics(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float)
         points, rows = draw(many)
         with torch.no_grad():
             missing = lacks(model(points), spec[rows])
-        for clause in range(missing.shape[1]):
-            top = missing[:, clause].topk(min(few, many), largest=False).indices
-            clauses = torch.full((len(top),), clause)
-            for size in (0.3, 0.1, 0.03):
-                x = descend(model, region, spec, points[top], rows[top], clauses, size, end)
-                yield x, rows[top]
-                if time.perf_counter() > end:
-                    return
+        count = missing.shape[1]
+        top = missing.topk(
+            min(max(2, few // count), many), dim=0, largest=False
+        ).indices.T.flatten()
+        clause = torch.arange(count).repeat_interleave(len(top) // count)
+        for size in (0.3, 0.1, 0.03) if crown else (0.3,):
+            x = descend(model, region, spec, points[top], rows[top], clause, size, end)
+            yield x, rows[top]
         if not crown:
             yield from starts_of_crown(model, region, spec, end)
         crown = True
