@@ -339,6 +339,19 @@ def test_coefficients_beyond_float64_become_integers() -> None:
     assert spec.C.tolist() == [[[1, -3]]]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_comment_ends_with_its_line(end: str) -> None:
+    lines = [
+        "; a (",
+        UNIT.strip(),
+        "; b",
+        "(assert (<= Y_0 0)) ; (assert (<= Y_1 0))",
+        "(assert (<= Y_0 -1))",
+    ]
+    ((_, spec, _),) = loads(end.join(lines)).cases
+    assert spec.d.tolist() == [[0, 1]]
+
+
 def test_nan_and_infinity_prove_nothing() -> None:
     query = loads(UNIT + "(assert (or (<= Y_0 0) (> Y_0 -1)))")
     assert query.holds([0.5], [0.0, 0.0])
@@ -428,6 +441,11 @@ MALFORMED = {
     OPEN.replace("(declare-output", '(declare-hidden h real [1] "n")(declare-output'): "hidden nodes are not supported",
     OPEN.replace("(declare-input", "(equal-to f)(declare-input"): "several networks are not supported",
     OPEN + "(declare-network g (declare-input A real [1]) (declare-output B real [1]))": "line 5: network 'g'",
+    OPEN.replace("[]))", "[]) (<= out 1.0))"): r"line 4: \(<= ...\) outside of any assert",
+    OPEN.replace("[]))", "[]) (and (<= out 1.0)))"): r"line 4: \(and ...\) outside of any assert",
+    OPEN.replace("[]))", "[]) (assert (<= out 1.0)))"): "line 4: an assert inside another form",
+    OPEN.replace("[]))", "[]) 1.0)"): "line 4: unexpected '1.0'",
+    OPEN.replace("[]))", "[])") + "(assert (<= out 1.0))": "line 5: an assert inside another form",
     OPEN.replace("out ", "X "): "X is declared twice",
     OPEN.replace("float64 []", "[]"): r"\(declare-output ...\): expected",
     OPEN + HEAD: "line 5: cannot declare 'X_0' here",

@@ -26,7 +26,7 @@ from calipers.vnnlib.reader import Text
 from calipers.vnnlib.tree import Affine, Node, affine, plus, scaled, variables
 
 MAX_DISJUNCTS = 200_000
-MAX_NUMBERS = 2**27  # of one tensor
+MAX_NUMBERS = 2**25  # of one tensor
 _INF = math.inf
 
 Lift = Callable[[Tensor, Tensor], dict[str, Tensor]]

@@ -20,7 +20,7 @@ from calipers.errors import CaptureError, SpecError
 from calipers.graph.onnx_file import read_bytes
 from calipers.vnnlib.tree import ARITHMETIC, JUNCTIONS, RELATIONS, Node, Term, variables
 
-MAX_BYTES = 512 * 2**20
+MAX_BYTES = 128 * 2**20  # its tree takes some 50 times as much memory
 MAX_DEPTH = 100
 MAX_VARIABLES = 10**8
 _MAX_DIGITS, _MAX_EXPONENT = 1100, 400  # the longest exact float64 has 1,075 digits
@@ -154,12 +154,11 @@ def parse(text: str, path: str = "query") -> Text:
     Raises:
         SpecError: no VNN-LIB query; ``path``, line and remedy are named.
     """
-    state = _State(Source(path, re.sub(r";[^\n]*+", "", text)))
-    names, relation = state.names, state.relation
+    state = _State(Source(path, re.sub(r";[^\n\r]*+", "", text)))
     for m in _TOKEN.finditer(state.source.text):
         kind = m.lastgroup
         if kind == "right":
-            relation(m, names)
+            state.relation(m)
         else:
             _HANDLERS[str(kind)](state, m)
     return state.finish()
@@ -186,11 +185,11 @@ class _State:
 
     # -- tokens ----------------------------------------------------------------------------------------
 
-    def relation(self, m: re.Match[str], names: dict[str, int]) -> None:
+    def relation(self, m: re.Match[str]) -> None:
         """``(<= X_0 0.5)``, perhaps with its assert around it: nine tenths of any file."""
         whole, op, left, right = m.group("whole", "relation", "left", "right")
         at = m.start("relation")
-        a, b = names.get(left), names.get(right)
+        a, b = self.names.get(left), self.names.get(right)
         node = Node(
             "=" if op == "==" else op,
             (
@@ -199,12 +198,7 @@ class _State:
             ),
             at,
         )
-        if whole and self.stack:
-            raise self.source.error(at, "an assert inside another form; close the one before it")
-        if not whole and not self.stack:
-            raise self.source.error(
-                at, f"({op} ...) outside of any assert; write (assert ({op} ...))"
-            )
+        self.check_place("assert" if whole else op, at)
         (self.asserted if whole else self.stack[-1].args).append(node)
 
     def opened(self, m: re.Match[str]) -> None:
@@ -217,13 +211,17 @@ class _State:
             raise self.source.error(
                 at, f"nested more than {MAX_DEPTH} deep; flatten the and, or and sums"
             )
-        if not self.stack and op != "assert":
+        self.check_place(op, at)
+        self.stack.append(_Frame(op, [], at))
+
+    def check_place(self, op: str, at: int) -> None:
+        """An assert stands alone, everything else in an assert: nothing is dropped in silence."""
+        if op == "assert" and self.stack:
+            raise self.source.error(at, "an assert inside another form; close the one before it")
+        if op != "assert" and (not self.stack or self.stack[-1].op == "declare-network"):
             raise self.source.error(
                 at, f"({op} ...) outside of any assert; write (assert ({op} ...))"
             )
-        if self.stack and op == "assert":
-            raise self.source.error(at, "an assert inside another form; close the one before it")
-        self.stack.append(_Frame(op, [], at))
 
     def closed(self, m: re.Match[str]) -> None:
         if not self.stack:
