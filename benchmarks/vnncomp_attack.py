@@ -5,7 +5,8 @@
 ``FOLDER`` holds one folder per benchmark with ``instances.csv`` and ``expected.csv``; one thread. A point counts
 if `calipers.witness` accepts it with onnxruntime as a second opinion and the query's exact tree is true at it with
 onnxruntime's outputs; ``rounded`` are those where only the reading of the competition's checker is (a bound such as
-X_0 = 0.1, which no float meets). Times are wall-clock and include reading the network and the query.
+X_0 = 0.1, which no float meets), ``late`` those found after the limit (networks that are slow to read). Times are
+wall-clock and include reading the network and the query.
 """
 
 from __future__ import annotations
@@ -242,6 +243,7 @@ def suite(folder: Path, attack: Attack, seconds: float) -> tuple[int, int]:
     if total:
         print(
             f"{folder.name:20} {total - counts['none']:4} of {total:<4} {counts['rounded']:4} rounded"
+            f" {sum(t > seconds for t in times):3} late"
             f"   slowest {max(times, default=0):6.2f} s   median {median(times or [0]):6.3f} s"
             f"   total {sum(times):7.2f} s",
             flush=True,
