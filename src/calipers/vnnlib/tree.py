@@ -1,0 +1,149 @@
+"""The exact Boolean tree of a query, and its value at a point in rational arithmetic.
+
+Leaves are variables and literals: input ``i`` is the integer ``i``, output ``j`` is ``~j`` (that is −1−j), a literal is
+the `Decimal` that the file writes, so nothing has been rounded. The tree states what is *unsafe*: it is true at the
+points that break the property.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+
+RELATIONS: dict[str, Callable[[Fraction, Fraction], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": operator.eq,
+    "!=": operator.ne,
+}
+JUNCTIONS: dict[str, Callable[[Iterable[bool]], bool]] = {"and": all, "or": any}
+ARITHMETIC: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+}
+
+
+class Node(NamedTuple):
+    """``(op args...)``; ``at`` is its place in the text, for messages."""
+
+    op: str
+    args: tuple[Term, ...]
+    at: int
+
+
+Term = Node | int | Decimal
+
+
+class Affine(NamedTuple):
+    """Σ coefficient · variable + constant."""
+
+    coefficients: dict[int, Fraction]
+    constant: Fraction
+
+
+def holds(
+    tree: Node,
+    x: Sequence[float | Fraction],
+    y: Sequence[float | Fraction],
+    *,
+    dtype: torch.dtype | None = None,
+) -> bool:
+    """Whether the tree is true at inputs ``x`` and outputs ``y`` (flat, row-major), in rational arithmetic.
+
+    Floats mean their binary values. With NaN or infinity among them it is False: such a point proves nothing.
+
+    Args:
+        dtype: read an input's own bounds as the nearest numbers of this dtype, as the checker of the verification
+            competitions does; None reads every literal exactly.
+    """
+    if not all(isinstance(v, Fraction) or math.isfinite(v) for v in (*x, *y)):
+        return False
+    inputs, outputs = [Fraction(v) for v in x], [Fraction(v) for v in y]
+
+    def value(term: Term) -> Fraction:
+        if isinstance(term, Node):
+            terms = [value(a) for a in term.args]
+            if len(terms) == 1 and term.op == "-":
+                return -terms[0]
+            return reduce(ARITHMETIC[term.op], terms)
+        if isinstance(term, int):
+            return inputs[term] if term >= 0 else outputs[~term]
+        return Fraction(term)
+
+    def true(node: Node) -> bool:
+        if node.op in JUNCTIONS:
+            return JUNCTIONS[node.op](true(a) for a in node.args if isinstance(a, Node))
+        left, right = node.args
+        if dtype is not None and is_bound(node):
+            return RELATIONS[node.op](
+                *(
+                    Fraction(nearest(a, dtype)) if isinstance(a, Decimal) else value(a)
+                    for a in (left, right)
+                )
+            )
+        return RELATIONS[node.op](value(left), value(right))
+
+    return true(tree)
+
+
+def is_bound(node: Node) -> bool:
+    """Whether a relation is between one input and a literal."""
+    left, right = node.args
+    if isinstance(left, Decimal):
+        left, right = right, left
+    return isinstance(left, int) and left >= 0 and isinstance(right, Decimal)
+
+
+def nearest(value: Decimal, dtype: torch.dtype) -> float:
+    """The number of ``dtype`` nearest to the float64 nearest to ``value``."""
+    return float(torch.tensor(float(value), dtype=torch.float64).to(dtype))
+
+
+def affine(term: Term) -> Affine:
+    """The affine form of a term, exactly. Products have at most one factor with a variable (the reader sees to it)."""
+    if isinstance(term, int):
+        return Affine({term: Fraction(1)}, Fraction(0))
+    if isinstance(term, Decimal):
+        return Affine({}, Fraction(term))
+    parts = [affine(a) for a in term.args]
+    if term.op == "*":
+        scale = math.prod((p.constant for p in parts if not p.coefficients), start=Fraction(1))
+        moving = [p for p in parts if p.coefficients]
+        return scaled(moving[0], scale) if moving else Affine({}, scale)
+    if term.op == "-":
+        parts = [
+            scaled(p, Fraction(-1)) if i or len(parts) == 1 else p for i, p in enumerate(parts)
+        ]
+    return reduce(plus, parts)
+
+
+def plus(a: Affine, b: Affine) -> Affine:
+    """The sum, without the variables that cancel."""
+    total = dict(a.coefficients)
+    for variable, c in b.coefficients.items():
+        total[variable] = total.get(variable, Fraction(0)) + c
+    return Affine({v: c for v, c in total.items() if c}, a.constant + b.constant)
+
+
+def scaled(a: Affine, by: Fraction) -> Affine:
+    """``by`` times the form."""
+    return Affine({v: c * by for v, c in a.coefficients.items() if by}, a.constant * by)
+
+
+def variables(term: Term) -> Iterator[int]:
+    """Every variable that the term names."""
+    if isinstance(term, Node):
+        for a in term.args:
+            yield from variables(a)
+    elif isinstance(term, int):
+        yield term
