@@ -639,3 +639,20 @@ def test_rigorous_float32_refuses_reduced_precision_products() -> None:
         bound(dtype=torch.float64)
     with pytest.raises(ValueError, match="bfloat16 on cpu has no error bound"):
         bound(dtype=torch.bfloat16)
+
+
+def test_rigorous_bounds_hold_for_thresholds_and_parameters_that_float32_rounds() -> None:
+    """y + d with d just below −y in float64: in float32 the two would cancel to a positive number or to zero."""
+    b = Builder((1,), 0)
+    b(torch.mul, b.x, 1.0)
+    network = b.network(F32)
+    region = Region.box(torch.tensor([[0.1]]), torch.tensor([[0.1]]))
+    y = float(torch.tensor(0.1))
+    C, clause = torch.ones(1, 1, 1, dtype=F64), torch.tensor([0])
+    below = Spec(C, torch.full((1, 1), -y - 1e-12, dtype=F64), clause)
+    scaled = Spec(C * (1 - 1e-12), torch.full((1, 1), -y, dtype=F64), clause)
+    for bound in BOUNDS.values():
+        for spec, net in ((below, network), (scaled, network), (below, b.network(F64))):
+            values = bound(net, region, spec, dtype=F32, rigorous=True)
+            assert values.dtype == F64  # float32 cannot hold what is asked
+            assert (values <= 0).all()

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.bounds.ladder import preactivations
-from calipers.bounds.state import absolute_number, describe, require_ieee
+from calipers.bounds.state import absolute, describe, require_ieee
 from calipers.errors import UnsupportedOp
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Network, Node, Ref, bind, concrete, walk
@@ -195,16 +195,10 @@ def _affine(
     error = moved - zero + (unit(dtype) + 2.0**-50) * zero.abs()
     if rate:
         sizes = _put(
-            args,
-            node,
-            lambda n, v: _magnitude(boxes[n]) + errors[n] if n in errors else _absolute(v),
+            args, node, lambda n, v: _magnitude(boxes[n]) + errors[n] if n in errors else v
         )
-        error = error + rate * node.op(*sizes, **kwargs) + flushed
+        error = error + rate * node.op(*absolute(sizes), **kwargs) + flushed
     return error
-
-
-def _absolute(value: Any) -> Any:
-    return value.abs() if isinstance(value, Tensor) else absolute_number(value)
 
 
 def _activation(

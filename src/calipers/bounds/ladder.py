@@ -19,7 +19,15 @@ from torch import Tensor
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
-from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, flat, joined, start
+from calipers.bounds.state import (
+    DEFAULT_MEMORY,
+    State,
+    check_spec,
+    flat,
+    joined,
+    start,
+    working_dtype,
+)
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
@@ -109,6 +117,7 @@ def preactivations(
 
     Where a neuron is stable, or interval bounds are exact, intervals are all there is.
     """
+    dtype = working_dtype(network, None, dtype, rigorous=rigorous)
     state = start(network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None)
     propagate(state, tighten=_tightener(state) if tight else None)
     return state.boxes
@@ -130,7 +139,7 @@ def _chunked(
     count = region.center.shape[0]
     if spec.C.shape[0] != count:
         raise ValueError(f"spec: {len(spec)} examples for {count} regions")
-    dtype = dtype or network.dtype
+    dtype = working_dtype(network, spec, dtype, rigorous=rigorous)
     begin = partial(
         start,
         network,

@@ -258,6 +258,19 @@ def _require_eval(graph: Graph, env: Mapping[str, Any]) -> None:
         )
 
 
+def working_dtype(
+    network: Network, spec: Spec | None, dtype: torch.dtype | None, *, rigorous: bool
+) -> torch.dtype:
+    """``dtype``, or the network's; for a proof one that holds the parameters and the specification exactly."""
+    chosen = dtype or network.dtype
+    if not rigorous or chosen.itemsize < 4:  # which `start` refuses
+        return chosen
+    chosen = torch.promote_types(chosen, network.dtype)
+    if spec is not None and not all(torch.equal(v.to(chosen).to(v), v) for v in (spec.C, spec.d)):
+        chosen = torch.float64
+    return chosen
+
+
 def check_spec(state: State, spec: Spec) -> tuple[Tensor, Tensor]:
     """C and d in the working dtype."""
     outputs = state.shape(state.network.graph.output)
