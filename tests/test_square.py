@@ -15,7 +15,7 @@ import attack_checks as checks
 import geometry
 from attack_checks import EPS, INF, NORMS, K, N, batch, margins, network
 from calipers import Region, Spec, ThreatModel, from_numpy, pgd, square, witness
-from calipers.attacks.square import _Layout, _mix, _unit, _words
+from calipers.attacks.windows import Layout, mix, random_words, unit_of
 from calipers.data import load
 from calipers.errors import ModelError, RegionError
 from calipers.models import load_model
@@ -367,9 +367,9 @@ def test_an_unbounded_region_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_windows_are_distinct_features_around_their_anchor(shape: tuple[int, ...]) -> None:
-    layout, n = _Layout.of(torch.Size(shape), torch.device("cpu")), math.prod(shape)
+    layout, n = Layout.of(torch.Size(shape), torch.device("cpu")), math.prod(shape)
     anchors = torch.arange(n).repeat(5)
-    words = _words(torch.arange(len(anchors)), 3, 1)[0]
+    words = random_words(torch.arange(len(anchors)), 3, 1)[0]
     for share in (1.0, 0.4, 1e-6):
         size = layout.size(share)
         window = layout.window(size, anchors, words[:, :2])
@@ -398,8 +398,8 @@ def test_the_hash_is_splitmix64() -> None:
         4593380528125082431,
         16408922859458223821,
     ]
-    assert [v % 2**64 for v in _mix(state).tolist()] == expected
-    unit = _unit(_words(torch.arange(50), 0, 40, 10))
+    assert [v % 2**64 for v in mix(state).tolist()] == expected
+    unit = unit_of(random_words(torch.arange(50), 0, 40, 10))
     assert ((unit >= 0) & (unit < 1)).all()
     assert abs(unit.mean() - 0.5) < 0.01
     assert abs(unit.var() - 1 / 12) < 0.003

@@ -37,6 +37,7 @@ def fmn(
     steps: int = 100,
     step_size: float | None = None,
     gamma: float = 0.05,
+    rivals: int = 0,
     polish: int = 16,
     start: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -54,6 +55,8 @@ def fmn(
         step_size: of the first step, relative to eps (to the width of the box for l0); by default 0.4 for linf,
             3 for l2, 2 for l1 and 0.5 for l0.
         gamma: the first relative change of the radius, in (0, 1).
+        rivals: further walks from the input, each towards one of the clauses of lowest value there (for labels: one
+            of the most likely other classes), since the first rival met need not be the nearest.
         polish: forward passes of the final polish.
         start: as `calipers.attacks.minimum_norm.closest`; the walk then begins there.
         seeds: unused; nothing is random.
@@ -62,14 +65,14 @@ def fmn(
         ValueError: an argument is out of range; l0 without a bounded box.
         DataError: inputs outside the box.
 
-    Cost: ``steps`` forward and backward passes and ``polish`` + 2 forward passes.
+    Cost: (1 + ``rivals``)·``steps`` forward and backward passes and ``polish`` + 3 forward passes.
     Reference: Pintor et al. 2021. Lengths relative to eps, the sign of g for linf, and the polish are ours.
     """
     del seeds
     search = Nearest.around(model, x, spec, p, lower, upper, start)
     if p == 0 and not bool(torch.isfinite(search.high - search.low).all()):
         raise ValueError("p: 0 needs a bounded box; set finite lower and upper")
-    _walk(model, spec, search, steps, step_size, gamma, sphere=False)
+    _walks(model, spec, search, steps, step_size, gamma, rivals, sphere=False)
     search.polish(model, spec, search.farther_than(0.0), polish)
     return search.points
 
@@ -85,6 +88,7 @@ def ddn(
     steps: int = 100,
     step_size: float | None = None,
     gamma: float = 0.05,
+    rivals: int = 0,
     polish: int = 16,
     start: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -106,21 +110,23 @@ def ddn(
     if p != 2:
         raise ValueError(f"p: {p!r}; ddn is an attack in l2, so p must be 2 (fmn has all norms)")
     search = Nearest.around(model, x, spec, p, lower, upper, start)
-    _walk(model, spec, search, steps, step_size, gamma, sphere=True)
+    _walks(model, spec, search, steps, step_size, gamma, rivals, sphere=True)
     search.polish(model, spec, search.farther_than(0.0), polish)
     return search.points
 
 
-def _walk(
+def _walks(
     model: Model,
     spec: Spec,
     search: Nearest,
     steps: int,
     step_size: float | None,
     gamma: float,
+    rivals: int,
     *,
     sphere: bool,
 ) -> None:
+    """One walk for the whole specification, from the point known if there is one, and one per rival."""
     if steps < 1:
         raise ValueError(f"steps: {steps} must be at least 1")
     step_size = STEP_SIZES[search.p] if step_size is None else step_size
@@ -128,11 +134,39 @@ def _walk(
         raise ValueError(f"step_size: {step_size} must be positive and finite")
     if not 0 < gamma < 1:
         raise ValueError(f"gamma: {gamma} must lie between 0 and 1")
+    if rivals < 0 or (rivals and not spec.simple):
+        raise ValueError(
+            f"rivals: {rivals} must be at least 0, and 0 where a clause has several functionals"
+        )
     rows = search.farther_than(0.0)
     if not len(rows):
         return
+    _walk(model, spec, spec, search, rows, steps, step_size, gamma, sphere=sphere)
+    if rivals:
+        with torch.no_grad():
+            order = spec.values(model(search.x.clone())).argsort(dim=1, stable=True)
+        for rival in order[:, :rivals].unbind(1):
+            each = torch.arange(len(spec), device=rival.device)
+            goal = Spec.functional(spec.C[each, rival].unsqueeze(1), spec.d[each, rival, None])
+            _walk(model, goal, spec, search, rows, steps, step_size, gamma, sphere=sphere)
+
+
+def _walk(
+    model: Model,
+    goal: Spec,
+    spec: Spec,
+    search: Nearest,
+    rows: Tensor,
+    steps: int,
+    step_size: float,
+    gamma: float,
+    *,
+    sphere: bool,
+) -> None:
+    """Down the margin of ``goal``; any point that breaks ``spec`` counts."""
+    known = torch.isfinite(search.size[rows]) & (goal is spec)
+    goal = goal[rows]
     p, spec = search.p, spec[rows]
-    known = torch.isfinite(search.size[rows])
     x = search.x[rows]
     point = torch.where(known.view(-1, *[1] * (x.ndim - 1)), search.points[rows], x)
     reach = search.reach()[rows]
@@ -140,8 +174,9 @@ def _walk(
     eps = torch.where(known, search.size[rows], 0.0)
     for k in range(steps):
         fade = (1 + math.cos(math.pi * k / steps)) / 2
-        gradient, margin, broken = _gradient(model, spec, point)
+        gradient, margin, broken = _gradient(model, goal, spec, point)
         search.offer(rows, point, broken)
+        known = known | broken
         step = (point.double() - x.double()).flatten(1)
         best = search.size[rows]
         change = gamma if sphere else gamma * fade
@@ -150,7 +185,7 @@ def _walk(
             linear = _size(step, p) + _first_order(gradient, margin, p, width)
             # no gradient, or a tie that is no violation: what is left is to grow
             linear = torch.where(torch.isfinite(linear), linear, 2 * eps + 1).clamp_min(1e-6)
-            wider = torch.where(torch.isfinite(best), wider, torch.maximum(wider, linear))
+            wider = torch.where(known, wider, torch.maximum(wider, linear))
         narrower = eps * (1 - change)
         if p == 0:
             wider = torch.maximum(wider.floor(), eps + 1)
@@ -161,18 +196,18 @@ def _walk(
         direction = gradient.sign() if p == math.inf else _normal(gradient)
         step = step + length.unsqueeze(1) * direction
         point = _on_sphere(search, rows, step, eps) if sphere else search.member(rows, step, eps)
-    search.offer(rows, point, _gradient(model, spec, point)[2])
+    search.offer(rows, point, _gradient(model, goal, spec, point)[2])
 
 
-def _gradient(model: Model, spec: Spec, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction that lowers the margin, (R, n) float64, the margin, and what is broken."""
+def _gradient(model: Model, goal: Spec, spec: Spec, point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The direction that lowers the goal's margin, (R, n) float64, that margin, and what breaks ``spec``."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
         y = model(leaf)
     outputs = y.detach()
-    (gradient,) = torch.autograd.grad(y, leaf, output_gradient(margin_loss, outputs, spec))
+    (gradient,) = torch.autograd.grad(y, leaf, output_gradient(margin_loss, outputs, goal))
     gradient = torch.nan_to_num(gradient.flatten(1).double(), posinf=0.0, neginf=0.0)
-    return gradient, spec.margin_at(outputs).double(), breaks(spec, outputs, CLEARANCE)
+    return gradient, goal.margin_at(outputs).double(), breaks(spec, outputs, CLEARANCE)
 
 
 def _first_order(gradient: Tensor, margin: Tensor, p: float, width: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from calipers.attacks.losses import Loss, loss_named, margin_loss
+from calipers.attacks.windows import Layout, bumps_of, mix, random_words, unit_of
 from calipers.errors import RegionError
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -36,7 +36,6 @@ HALVINGS = (
     6000,
     8000,
 )  # of 10,000 queries: the window's area halves after each
-WORDS = 10  # random words per query and example
 
 
 @torch.no_grad()
@@ -90,8 +89,8 @@ def square(
     if len(seeds) != len(region):
         raise ValueError(f"seeds: {len(seeds)} for {len(region)} examples; one each is needed")
     score = _scorer(model, loss_named(loss), region.center.shape[1:])
-    key = _mix(seeds.to(region.center.device).long())
-    layout = _Layout.of(region.center.shape[1:], region.center.device)
+    key = mix(seeds.to(region.center.device).long())
+    layout = Layout.of(region.center.shape[1:], region.center.device)
     best = region.project(region.center.to(dtype)).flatten(1)
     gain, broken = score(best.clone(), spec)
     if queries == 1:
@@ -234,88 +233,15 @@ def _without(
     )
 
 
-# -- windows and proposals -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where windows lie: in images (``vector`` false) squares through all channels, else arithmetic progressions
-    modulo n whose stride has no common factor with n, which are subsets of distinct features."""
-
-    channels: int
-    height: int
-    width: int
-    vector: bool
-    strides: Tensor
-
-    @classmethod
-    def of(cls, shape: torch.Size, device: torch.device) -> _Layout:
-        n = math.prod(shape)
-        image = len(shape) in (2, 3) and min(shape[-2:]) > 1
-        channels = math.prod(shape[:-2]) if image else 1
-        coprime = [s for s in range(1, n + 1) if image or math.gcd(s, n) == 1]
-        strides = torch.tensor(coprime[:1] if image else coprime, device=device)
-        height, width = shape[-2:] if image else (1, n)
-        return cls(channels, height, width, not image, strides)
-
-    def size(self, share: float) -> int:
-        """The side of a square, or the size of a subset."""
-        area = share * self.height * self.width
-        if self.vector:
-            return max(1, round(area))
-        return min(max(1, round(math.sqrt(area))), self.height, self.width)
-
-    def window(self, size: int, anchor: Tensor, words: Tensor) -> Tensor:
-        """Features (..., k) of a window that holds the feature ``anchor`` (...), by two words (..., 2)."""
-        shift = _unit(words)
-        if self.vector:
-            stride = self.strides[(shift[..., 0] * len(self.strides)).long()]
-            steps = torch.arange(size, device=anchor.device)
-            return (anchor.unsqueeze(-1) + stride.unsqueeze(-1) * steps) % self.width
-        back = (shift * size).long()
-        row = anchor // self.width % self.height
-        top = (row - back[..., 0]).clamp(0, self.height - size)
-        left = (anchor % self.width - back[..., 1]).clamp(0, self.width - size)
-        return (top * self.width + left).unsqueeze(-1) + self._offsets(size, anchor.device)
-
-    def _offsets(self, size: int, device: torch.device) -> Tensor:
-        return _offsets(self.channels, self.height, self.width, size).to(device)
-
-    def signs(self, size: int, word: Tensor) -> Tensor:
-        """(..., k) bool: one random bit per channel of a square, per feature of a subset."""
-        k = size if self.vector else self.channels * size * size
-        unit = torch.arange(k, device=word.device) // (1 if self.vector else size * size)
-        return ((word.unsqueeze(-1) >> (unit % 63)) & 1).bool()
-
-
-@cache
-def _offsets(channels: int, height: int, width: int, size: int) -> Tensor:
-    channel, row, column = torch.meshgrid(
-        torch.arange(channels), torch.arange(size), torch.arange(size), indexing="ij"
-    )
-    return ((channel * height + row) * width + column).flatten()
-
-
-@cache
-def _bumps(size: int, *, square: bool) -> Tensor:
-    """(3, k): a bump that falls off from the middle, whole, and with its lower or its right half negative."""
-    if not square:
-        return torch.ones(3, size, dtype=torch.float64)
-    line = torch.arange(size, dtype=torch.float64)
-    line = torch.minimum(line, size - 1 - line)  # distance to the border
-    depth = torch.minimum(line.unsqueeze(0), line.unsqueeze(1)).long()
-    rings = torch.arange(int(depth.max()) + 1, dtype=torch.float64)
-    height = (1 / (rings.max() - rings + 1).square()).cumsum(0)[depth]
-    half = torch.where(torch.arange(size) < (size + 1) // 2, 1.0, -1.0)
-    return torch.stack([height, height * half.unsqueeze(1), height * half]).flatten(1)
+# -- proposals -----------------------------------------------------------------------------------------
 
 
 def _corners(
-    search: _Search, layout: _Layout, size: int, query: int, count: int, _p: float
+    search: _Search, layout: Layout, size: int, query: int, count: int, _p: float
 ) -> Iterator[Proposal]:
     """linf: the window at the lower or the upper side of the set, one sign per channel."""
     count = _at_once(count, len(search.x) * size * (1 if layout.vector else layout.channels * size))
-    words = _words(search.key, query, count)
+    words = random_words(search.key, query, count)
     where = layout.window(size, _free(search, words[..., 0]), words[..., 1:3])
     high, low = _at(search.high, where), _at(search.low, where)
     what = torch.where(layout.signs(size, words[..., 3]), high, low)
@@ -324,18 +250,18 @@ def _corners(
 
 
 def _exchanges(
-    search: _Search, layout: _Layout, size: int, query: int, count: int, p: float
+    search: _Search, layout: Layout, size: int, query: int, count: int, p: float
 ) -> Iterator[Proposal]:
     """l2, l1: one window gives part of what it uses of eps^p, another takes all that is then free."""
     channels = 1 if layout.vector else layout.channels
     count = _at_once(count, len(search.x) * size * (1 if layout.vector else channels * size))
-    words = _words(search.key, query, count)
-    unit = _unit(words)
+    words = random_words(search.key, query, count)
+    unit = unit_of(words)
     keep = (2 * unit[..., 1:2] - 1).clamp_min(0.0)  # nothing in one case of two
     weight = 2 * unit[..., 9:10]  # of the taker's own direction
     takers = layout.window(size, _free(search, words[..., 4]), words[..., 5:7])
     middles, lows, highs = (_at(t, takers) for t in (search.center, search.low, search.high))
-    bumps = _bumps(size, square=not layout.vector).repeat(1, channels).to(words.device)
+    bumps = bumps_of(size, square=not layout.vector).repeat(1, channels).to(words.device)
     bumps = _normal(bumps, p)[(3 * unit[..., 7]).long()]
     bumps = torch.where(layout.signs(size, words[..., 8]), bumps, -bumps)
     for i in range(count):
@@ -366,7 +292,7 @@ def _at_once(count: int, entries: int) -> int:
 
 def _free(search: _Search, word: Tensor) -> Tensor:
     """A random feature that has room, for words (Q, B)."""
-    return _at(search.free, (_unit(word) * search.count).long().unsqueeze(-1)).squeeze(-1)
+    return _at(search.free, (unit_of(word) * search.count).long().unsqueeze(-1)).squeeze(-1)
 
 
 def _at(rows: Tensor, where: Tensor) -> Tensor:
@@ -383,7 +309,7 @@ def _normal(rows: Tensor, p: float) -> Tensor:
     return rows / torch.where(size > 0, size, 1.0)
 
 
-def _start(region: Region, layout: _Layout, key: Tensor, dtype: torch.dtype) -> Tensor:
+def _start(region: Region, layout: Layout, key: Tensor, dtype: torch.dtype) -> Tensor:
     """The member furthest along a random pattern: stripes of corners for linf, tiles of bumps for l2 and l1."""
     low, high = region.inner(dtype)
     if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
@@ -392,44 +318,15 @@ def _start(region: Region, layout: _Layout, key: Tensor, dtype: torch.dtype) -> 
     rows = 1 if region.p == math.inf or layout.vector else 5
     columns = width if region.p == math.inf or layout.vector else 5
     rows, columns = min(rows, height), min(columns, width)
-    word = _words(~key, 0, 1, channels * rows * columns)[0]
-    value = torch.where((word & 1).bool(), 1.0, -1.0) * (0.5 + _unit(word))
+    word = random_words(~key, 0, 1, channels * rows * columns)[0]
+    value = torch.where((word & 1).bool(), 1.0, -1.0) * (0.5 + unit_of(word))
     grid = value.view(-1, channels, rows, 1, columns, 1)
     tall, wide = -(-height // rows), -(-width // columns)
     tile = torch.ones(tall, wide, dtype=torch.float64, device=key.device)
     if region.p != math.inf and not layout.vector:
         side = max(tall, wide)
-        tile = _bumps(side, square=True)[0].view(side, side)[:tall, :wide].to(key.device)
+        tile = bumps_of(side, square=True)[0].view(side, side)[:tall, :wide].to(key.device)
     pattern = (grid * tile.view(1, 1, 1, tall, 1, wide)).reshape(
         -1, channels, rows * tall, columns * wide
     )[..., :height, :width]
     return region.maximizer(pattern.reshape(region.center.shape).to(dtype)).flatten(1)
-
-
-# -- randomness ----------------------------------------------------------------------------------------------------
-
-
-def _signed(constant: int) -> int:
-    return constant - 2**64 if constant >= 2**63 else constant
-
-
-_STEP = _signed(0x9E3779B97F4A7C15)
-_FACTORS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
-
-
-def _mix(z: Tensor) -> Tensor:
-    """splitmix64's output function on int64, whose products wrap; shifts are made logical by a mask."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _FACTORS[0]
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _FACTORS[1]
-    return z ^ ((z >> 31) & (2**33 - 1))
-
-
-def _words(key: Tensor, query: int, count: int, words: int = WORDS) -> Tensor:
-    """Random int64 (count, B, words) for the queries from ``query`` on: a hash of key, query and place."""
-    numbers = torch.arange(count * words, device=key.device).view(count, 1, words) + query * WORDS
-    return _mix(key.unsqueeze(-1) + (numbers + 1) * _STEP)
-
-
-def _unit(word: Tensor) -> Tensor:
-    """Uniform in [0, 1), float64, from the upper 53 bits."""
-    return ((word >> 11) & (2**53 - 1)).to(torch.float64) * 2.0**-53
