@@ -205,6 +205,8 @@ def test_what_is_broken_already_is_its_own_answer(name: str, p: float) -> None:
     assert torch.equal(points[::3], x[::3])
     assert (distance(x, points, p)[::3] == 0).all()
     assert (distance(x, points, p)[1::3] > 0).all()
+    points = METHODS[name][0](net, x, Spec.label(y, K), p=p, start=points.roll(1, 0))
+    assert torch.equal(points[::3], x[::3])
 
 
 @every_method
@@ -324,6 +326,35 @@ def test_polish_only_draws_in(p: float) -> None:
         assert (size[2:] <= previous[2:]).all()
         previous = size
     assert (size[2:] < 0.9 * before[2:]).any()
+
+
+@pytest.mark.parametrize("p", [1, 2, INF])
+def test_points_at_the_boundary_hold_alone_and_in_float64(p: float) -> None:
+    """As far as float32 goes: the clearance keeps them from being rounding errors of one evaluation."""
+    net, data = load_model("digits_standard"), load("digits")
+    x, y = data.x[:40], data.y[:40]
+    spec = Spec.label(y, 10)
+    points = fmn(net, x, spec, p=p, steps=30, polish=45)
+    check_rows(net.module, x, spec, points, p, 0.0, 1.0)
+
+
+def test_the_attack_gets_the_seeds_of_its_rows() -> None:
+    net = network()
+    x, y = batch(net)
+    y[::3] = (y[::3] + 1) % K
+    calls = []
+
+    def recorded(model: object, region: Region, spec: Spec, *, seeds: Tensor, **options: object):
+        calls.append((region.center, seeds))
+        return region.center.clone()
+
+    s = seeds(x, 0, "t")
+    closest(net, x, Spec.label(y, K), attack=recorded, p=2, radii=(0.1, 0.2), rounds=2, seeds=s)
+    left = [i for i in range(len(x)) if i % 3]
+    assert len(calls) == 4
+    for center, given in calls:
+        assert torch.equal(center, x[left])
+        assert torch.equal(given, s[left])
 
 
 def test_the_model_s_parameters_are_left_alone_and_nothing_is_drawn() -> None:

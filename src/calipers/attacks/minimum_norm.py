@@ -32,9 +32,8 @@ from calipers.spec import Spec
 Model = Callable[[Tensor], Tensor]
 MinimumNorm = Callable[..., Tensor]
 PGD = partial(pgd, loss="margin", drop=True)
-CLEARANCE = (
-    32  # roundings of the outputs by which a point on the boundary is to break the specification
-)
+# roundings of the outputs by which points near the boundary are to break the specification
+CLEARANCE = 32.0
 
 
 def distance(x: Tensor, points: Tensor, p: float) -> Tensor:
