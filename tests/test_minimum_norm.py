@@ -135,7 +135,7 @@ def test_several_classes_at_once(p: float) -> None:
     y = model(x).argmax(1)
     found = distance(x, fmn(model, x, Spec.label(y, 4), p=p), p)
     each = distance(x, fmn(model, x, Spec.label(y, 4), p=p, rivals=3), p)
-    assert (each <= found * (1 + 1e-4)).all()  # the polish resolves 1.5e-5
+    assert (each <= found).all()
     ratios, with_rivals = [], []
     for i, center in enumerate(x.numpy()):
         rivals = [j for j in range(4) if j != y[i]]

@@ -65,15 +65,14 @@ def fmn(
         ValueError: an argument is out of range; l0 without a bounded box.
         DataError: inputs outside the box.
 
-    Cost: (1 + ``rivals``)·``steps`` forward and backward passes and ``polish`` + 3 forward passes.
+    Cost: for each of 1 + ``rivals`` walks ``steps`` forward and backward passes and ``polish`` forward passes.
     Reference: Pintor et al. 2021. Lengths relative to eps, the sign of g for linf, and the polish are ours.
     """
     del seeds
     search = Nearest.around(model, x, spec, p, lower, upper, start)
     if p == 0 and not bool(torch.isfinite(search.high - search.low).all()):
         raise ValueError("p: 0 needs a bounded box; set finite lower and upper")
-    _walks(model, spec, search, steps, step_size, gamma, rivals, sphere=False)
-    search.polish(model, spec, search.farther_than(0.0), polish)
+    _walks(model, spec, search, steps, step_size, gamma, rivals, polish, sphere=False)
     return search.points
 
 
@@ -110,8 +109,7 @@ def ddn(
     if p != 2:
         raise ValueError(f"p: {p!r}; ddn is an attack in l2, so p must be 2 (fmn has all norms)")
     search = Nearest.around(model, x, spec, p, lower, upper, start)
-    _walks(model, spec, search, steps, step_size, gamma, rivals, sphere=True)
-    search.polish(model, spec, search.farther_than(0.0), polish)
+    _walks(model, spec, search, steps, step_size, gamma, rivals, polish, sphere=True)
     return search.points
 
 
@@ -123,10 +121,14 @@ def _walks(
     step_size: float | None,
     gamma: float,
     rivals: int,
+    polish: int,
     *,
     sphere: bool,
 ) -> None:
-    """One walk for the whole specification, from the point known if there is one, and one per rival."""
+    """One walk for the whole specification, from the point known if there is one, and one per rival.
+
+    Each is polished: a nearer point may be drawn in less far, which for l0 is not rare.
+    """
     if steps < 1:
         raise ValueError(f"steps: {steps} must be at least 1")
     step_size = STEP_SIZES[search.p] if step_size is None else step_size
@@ -142,6 +144,7 @@ def _walks(
     if not len(rows):
         return
     _walk(model, spec, spec, search, rows, steps, step_size, gamma, sphere=sphere)
+    search.polish(model, spec, rows, polish)
     if rivals:
         with torch.no_grad():
             order = spec.values(model(search.x.clone())).argsort(dim=1, stable=True)
@@ -149,6 +152,7 @@ def _walks(
             each = torch.arange(len(spec), device=rival.device)
             goal = Spec.functional(spec.C[each, rival].unsqueeze(1), spec.d[each, rival, None])
             _walk(model, goal, spec, search, rows, steps, step_size, gamma, sphere=sphere)
+            search.polish(model, spec, rows, polish)
 
 
 def _walk(
