@@ -3,8 +3,8 @@
 A level is a table of stages. Each stage runs several searches per surviving example side by side: all clauses at once,
 or one search for each of the most promising ones (for labels: the rivals nearest to winning), from the example, from
 the best point so far, from random points or random corners. On networks that hide their gradients many short searches
-from far apart find more than few long ones; in l1 length counts. Work is counted in passes of the network: a gradient
-is two, a query one.
+from far apart find more than few long ones; in l2 and l1 searches that cross the boundary outside the ball and come
+back find what ascent inside it does not. Work is counted in passes of the network: a gradient is two, a query one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.apgd import ascend, start
+from calipers.attacks.crossing import cross
 from calipers.attacks.losses import suited
 from calipers.attacks.search import Model, Record, required
 from calipers.errors import unknown_name
@@ -31,10 +32,11 @@ ROWS = 128  # searches side by side: more leave the cache
 
 @dataclass(frozen=True)
 class Stage:
-    """Searches by APGD.
+    """Searches from several starts or towards several targets.
 
     Args:
         steps: of each search.
+        search: "ascend" (APGD) or "cross" (over the boundary and back: `calipers.attacks.crossing`).
         targets: how many clauses get a search of their own, the most promising first; 0: one for all clauses.
         starts: searches per target, or for all clauses.
         start: where the first of them begins: "center", "best" (the best point so far), "random" or "corner"; the
@@ -46,6 +48,7 @@ class Stage:
     """
 
     steps: int
+    search: str = "ascend"
     targets: int = 0
     starts: int = 1
     start: str = "center"
@@ -63,19 +66,19 @@ _LINF = (
 )
 _L2 = (
     Stage(10),
+    Stage(60, "cross", targets=1),
     Stage(20, targets=3),
-    Stage(25, starts=4, start="random"),
-    Stage(100, starts=10, start="random", close=0.2),
+    Stage(100, "cross", targets=9, close=0.5),
 )
 _L1 = (
     Stage(20),
+    Stage(80, "cross", targets=1),
     Stage(30, targets=3),
-    Stage(100),
-    Stage(100, targets=3, starts=2, close=0.2),
+    Stage(100, "cross", targets=9, close=0.5),
 )
 
 LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {
-    "quick": {math.inf: _SHORT, 2.0: _SHORT, 1.0: (Stage(20), Stage(30, targets=2))},
+    "quick": {math.inf: _SHORT, 2.0: _L2[:2], 1.0: _L1[:2]},
     "standard": {math.inf: _LINF, 2.0: _L2, 1.0: _L1},
     "thorough": {
         math.inf: (
@@ -84,8 +87,18 @@ LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {
             Stage(25, starts=40, start="corner", step=1.0),
             Stage(50, targets=3, starts=10, start="random"),
         ),
-        2.0: (*_L2, Stage(100, targets=9), Stage(50, starts=30, start="random")),
-        1.0: (*_L1, Stage(100, targets=9), Stage(100, targets=3, starts=5, start="random")),
+        2.0: (
+            *_L2,
+            Stage(100, targets=9),
+            Stage(300, "cross", targets=9),
+            Stage(50, starts=30, start="random"),
+        ),
+        1.0: (
+            *_L1,
+            Stage(100, targets=9),
+            Stage(300, "cross", targets=9),
+            Stage(100, targets=3, starts=5, start="random"),
+        ),
     },
 }
 
@@ -265,11 +278,14 @@ def _run(
     number = torch.arange(count * each) % each
     near, own = region[owner], spec[owner]
     x = _starts(near, record.points[owner], stage, mixed(seeds[owner.cpu()], number), number)
-    rows = start(near, own, x, target, owner, step=stage.step)
     if fast is not model:
         record.judge = lambda index, points: spec[index].margin_at(model(points))
     loss = suited(stage.loss, spec, targeted=target is not None)
-    ascend(fast, rows, loss, record, steps=stage.steps)
+    if stage.search == "cross":
+        cross(fast, near, own, x, target, owner, loss, record, steps=stage.steps)
+    else:
+        rows = start(near, own, x, target, owner, step=stage.step)
+        ascend(fast, rows, loss, record, steps=stage.steps)
     if fast is not model:
         extra += 1
         with torch.no_grad():

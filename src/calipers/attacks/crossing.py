@@ -1,0 +1,135 @@
+"""Searches that cross the decision boundary outside the region and come back (after FAB, Croce and Hein 2020).
+
+Where a network hides its gradients near an example, ascent from inside the region sees nothing; from beyond the
+boundary the way back is plain. A search steps onto the linearised boundary, by the shortest way in the region's norm
+and inside its box, drawn a little towards the example; beyond the boundary it goes back part of the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calipers.attacks.apgd import climb, start
+from calipers.attacks.losses import Loss
+from calipers.attacks.search import Model, Record, Rows, look
+from calipers.searches import norm, shortest
+from calipers.sets import Region
+from calipers.spec import Spec
+
+OVERSHOOT = 1.05  # beyond the linearised boundary
+DRAWN = 0.1  # the largest weight of the example's own projection
+BACK = 0.9  # the share of the way that is kept once the boundary is crossed
+
+
+@dataclass
+class Crossing(Rows):
+    """One row per search; ``best`` is its nearest point beyond the boundary, ``size`` that point's distance."""
+
+    region: Region
+    spec: Spec
+    target: Tensor | None
+    origin: Tensor
+    lower: Tensor
+    upper: Tensor
+    eps: Tensor
+    x: Tensor
+    best: Tensor
+    size: Tensor
+
+
+def cross(
+    model: Model,
+    region: Region,
+    spec: Spec,
+    x: Tensor,
+    target: Tensor | None,
+    owner: Tensor | None,
+    objective: Loss,
+    record: Record,
+    *,
+    steps: int,
+) -> None:
+    """Searches from ``x`` (R, *x), one per row; the last fifth of the steps ascends inside the region from the member
+    nearest to each search's best. What they find inside goes to ``record``.
+
+    For linf the region is its own box, so that there is no outside: searches stay within.
+    """
+    tail = steps // 5
+    rows = _walk(model, region, spec, x, target, owner, objective, record, steps=steps - tail)
+    if rows is None or not tail:
+        return
+    inside = rows.region.project(rows.best.view(-1, *x.shape[1:]))
+    last = start(rows.region, rows.spec, inside, rows.target, rows.owner, step=0.5)
+    climb(model, last, objective, record, steps=tail, drop=True)
+
+
+def _walk(
+    model: Model,
+    region: Region,
+    spec: Spec,
+    x: Tensor,
+    target: Tensor | None,
+    owner: Tensor | None,
+    objective: Loss,
+    record: Record,
+    *,
+    steps: int,
+) -> Crossing | None:
+    """The walk itself; the rows whose examples are not broken, or None if there are none."""
+    flat = x.flatten(1)
+    far = flat.new_full((len(x),), torch.inf)
+    low, high = (side.flatten(1) for side in region.inner(x.dtype))
+    center = region.center.to(x.dtype).flatten(1)
+    rows = Crossing(
+        owner, region, spec, target, center, low, high, region.eps.to(x.dtype), flat, flat, far
+    )
+    shape = x.shape[1:]
+    p = region.p
+    for _ in range(steps):
+        point = rows.x.view(-1, *shape)
+        gradient, margin, loss = look(model, objective, rows.spec, point, rows.target)
+        broken = margin <= 0
+        offset = rows.x - rows.origin
+        size = norm(offset, p)
+        nearer = broken & (size < rows.size)
+        rows.best = torch.where(nearer.unsqueeze(1), rows.x, rows.best)
+        rows.size = torch.where(nearer, size, rows.size)
+        _offer(model, rows, record, point, margin, nearer & (size <= rows.eps * (1 - 1e-6)))
+        g, gap = gradient.flatten(1), -loss()  # the loss is negative on the safe side
+        ahead = _onto(rows, rows.x, g, gap, p)
+        home = _onto(rows, rows.origin, g, gap + (g * offset).sum(1), p)
+        far_step, far_home = norm(ahead - rows.x, p), norm(home - rows.origin, p)
+        share = (far_step / (far_step + far_home).clamp_min(1e-30)).clamp_max(DRAWN).unsqueeze(1)
+        step = torch.lerp(
+            rows.x + OVERSHOOT * (ahead - rows.x),
+            rows.origin + OVERSHOOT * (home - rows.origin),
+            share,
+        ).clamp(rows.lower, rows.upper)
+        back = rows.origin + BACK * offset
+        rows.x = torch.where(broken.unsqueeze(1), back, step)
+        if not rows.shrink(record, margin):
+            return None
+    return rows
+
+
+def _onto(rows: Crossing, x: Tensor, g: Tensor, gap: Tensor, p: float) -> Tensor:
+    """The nearest point to ``x`` in the box where the linearised loss has risen by ``gap`` (fallen, if negative)."""
+    g = torch.where((gap < 0).unsqueeze(1), -g, g)
+    cap = torch.where(g > 0, rows.upper - x, x - rows.lower).clamp_min(0.0)
+    return x + g.sign() * shortest(g.abs(), cap, gap.abs(), p)
+
+
+def _offer(
+    model: Model, rows: Crossing, record: Record, point: Tensor, margin: Tensor, inside: Tensor
+) -> None:
+    """Count the look, and hand over the members of the region."""
+    members = torch.full_like(margin, torch.inf)
+    index = torch.nonzero(inside).flatten()
+    if len(index):
+        point = point.index_copy(0, index, rows.region[index].project(point[index]))
+        with torch.no_grad():
+            members[index] = rows.spec[index].margin_at(model(point[index]))
+    record.update(rows.owner, point, members, first=True)
