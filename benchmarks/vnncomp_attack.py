@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -25,6 +24,8 @@ import torch
 from torch import Tensor
 
 import calipers as cp
+from calipers.attacks.falsify import Suggestion
+from calipers.bounds.corners import corners
 from calipers.errors import CalipersError
 from calipers.graph.onnx import session
 from calipers.vnnlib import Instance, Query, instances, load
@@ -63,124 +64,18 @@ def pgd(
         start += batch
 
 
-def tactics(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float) -> Iterator[Found]:
-    """Few random points, PGD, descents from the best of many samples and from CROWN's minimisers, in this order.
+def falsify(model: cp.Network, region: cp.Region, spec: cp.Spec, seconds: float) -> Iterator[Found]:
+    """Samples, PGD and descents, with the corners of CROWN's bound as further starts."""
 
-    What the plain restarts miss, and what finds it: slow networks with large violated sets (two forward passes instead
-    of a thousand), clauses of several functionals (the sum of what is missing instead of the worst), needles in low
-    dimension (many samples, few descents), needles in high dimension (where CROWN's linear bound is lowest).
-    """
-    end = time.perf_counter() + seconds
-    generator = torch.Generator().manual_seed(0)
-    low, high = region.inner(model.dtype)
+    def suggest() -> Iterator[Suggestion]:
+        with suppress(CalipersError):
+            for batch in corners(model, region, spec):
+                yield Suggestion(*batch)
 
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(region), (count,), generator=generator)
-        unit = torch.rand((count, *low.shape[1:]), generator=generator, dtype=model.dtype)
-        return (low[rows] + unit * (high - low)[rows]).clamp(low[rows], high[rows]), rows
-
-    pace = 0.0
-    for count in (1, 4, 16, 64, 256):
-        points, rows = draw(count)
-        begin = time.perf_counter()
-        with torch.no_grad():
-            model(points)
-        pace = (time.perf_counter() - begin) / count
-        yield points, rows
-        if pace * count > 0.02:
-            break
-    few = int(min(128, max(16, 0.005 / pace)))
-    yield first(model, region, spec)
-    crown = False
-    while time.perf_counter() < end:
-        many = int(min(200_000, max(few, 0.1 / pace), 2**26 // low[0].numel()))
-        points, rows = draw(many)
-        with torch.no_grad():
-            missing = lacks(model(points), spec[rows])
-        count = missing.shape[1]
-        top = missing.topk(
-            min(max(2, few // count), many), dim=0, largest=False
-        ).indices.T.flatten()
-        clause = torch.arange(count).repeat_interleave(len(top) // count)
-        for size in (0.3, 0.1, 0.03) if crown else (0.3,):
-            x = descend(model, region, spec, points[top], rows[top], clause, size, end)
-            yield x, rows[top]
-        if not crown:
-            yield from starts_of_crown(model, region, spec, end)
-        crown = True
+    return cp.falsify(model, region, spec, seconds=seconds, suggest=suggest, dtype=model.dtype)
 
 
-def first(model: cp.Network, region: cp.Region, spec: cp.Spec) -> Found:
-    points = cp.pgd(
-        model, region, spec, steps=40, loss="margin", drop=True, dtype=model.dtype,
-    )  # fmt: skip
-    return points, torch.arange(len(region))
-
-
-def starts_of_crown(
-    model: cp.Network, region: cp.Region, spec: cp.Spec, end: float
-) -> Iterator[Found]:
-    """For each functional the corner where CROWN's bound is lowest, by its gradient in the box; then descents."""
-    low = region.outer_lower.clone().requires_grad_()
-    high = region.outer_upper.clone().requires_grad_()
-    try:
-        bounds = cp.crown(
-            model, replace(region, outer_lower=low, outer_upper=high, _cache={}), spec
-        )
-    except CalipersError:
-        return
-    rows = torch.arange(len(region))
-    inner = region.inner(model.dtype)
-    corners, clauses = [], []
-    for m in bounds.detach().amin(0).argsort()[:16].tolist():
-        slopes = torch.autograd.grad(bounds[:, m].sum(), (low, high), retain_graph=True)
-        corners.append(torch.where(slopes[0] + slopes[1] > 0, inner.lower, inner.upper))
-        clauses.append(spec.clause[m].expand(len(region)))
-    points, rows, clause = torch.cat(corners), rows.repeat(len(corners)), torch.cat(clauses)
-    yield points, rows
-    for size in (0.1, 0.3):
-        yield descend(model, region, spec, points, rows, clause, size, end), rows
-
-
-def lacks(y: Tensor, spec: cp.Spec) -> Tensor:
-    """How much every clause is from being violated: the sum of its positive values, (B, clauses)."""
-    values = spec.values(y).clamp_min(0)
-    zero = values.new_zeros(len(values), int(spec.clause.max()) + 1)
-    return zero.scatter_add(1, spec.clause.expand_as(values), values)
-
-
-def descend(
-    model: cp.Network,
-    region: cp.Region,
-    spec: cp.Spec,
-    points: Tensor,
-    rows: Tensor,
-    clause: Tensor,
-    size: float,
-    end: float,
-    steps: int = 100,
-) -> Tensor:
-    """Adam on what each point's clause lacks, in units of the box, with a cosine's steps; the first success ends it."""
-    region, spec = region[rows], spec[rows]
-    unit = region.unit.to(points.dtype)
-    mean, square = torch.zeros_like(points), torch.zeros_like(points)
-    for t in range(steps):
-        with torch.enable_grad():
-            leaf = points.detach().requires_grad_()
-            y = model(leaf)
-            (gradient,) = torch.autograd.grad(lacks(y, spec).gather(1, clause[:, None]).sum(), leaf)
-        if bool((spec.margin_at(y.detach()) <= 0).any()) or time.perf_counter() > end:
-            break
-        gradient = gradient * unit
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.99 * square + 0.01 * gradient.square()
-        step = (mean / (1 - 0.9 ** (t + 1))) / ((square / (1 - 0.99 ** (t + 1))).sqrt() + 1e-12)
-        length = size * 0.5 * (1 + math.cos(math.pi * t / steps))
-        points = region.project(points - length * unit * step)
-    return points
-
-
-ATTACKS: dict[str, Attack] = {"pgd": pgd, "tactics": tactics}
+ATTACKS: dict[str, Attack] = {"pgd": pgd, "falsify": falsify}
 
 
 def solve(instance: Instance, attack: Attack, seconds: float) -> str:

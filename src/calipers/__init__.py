@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calipers.attacks import closest as closest
     from calipers.attacks import ddn as ddn
     from calipers.attacks import distance as distance
+    from calipers.attacks import falsify as falsify
     from calipers.attacks import fgsm as fgsm
     from calipers.attacks import fmn as fmn
     from calipers.attacks import from_numpy as from_numpy
@@ -52,6 +53,7 @@ _WHERE = {
     "ATTACKS": "calipers.attacks",
     "apgd": "calipers.attacks",
     "auto": "calipers.attacks",
+    "falsify": "calipers.attacks",
     "fgsm": "calipers.attacks",
     "pgd": "calipers.attacks",
     "search": "calipers.attacks",

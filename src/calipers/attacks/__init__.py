@@ -14,6 +14,7 @@ from calipers.attacks.cascade import LEVELS as LEVELS
 from calipers.attacks.cascade import Found as Found
 from calipers.attacks.cascade import auto as auto
 from calipers.attacks.cascade import search as search
+from calipers.attacks.falsify import falsify as falsify
 from calipers.attacks.gradient import Targeted as Targeted
 from calipers.attacks.gradient import fgsm as fgsm
 from calipers.attacks.gradient import pgd as pgd

@@ -38,6 +38,18 @@ def cross_entropy(values: Tensor, spec: Spec, target: Tensor | None = None) -> T
     return loss if target is None else -_at(clauses, target) - loss
 
 
+def shortfall(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tensor:
+    """Minus what a clause lacks of being broken, the sum of its positive values: the nearest clause, or the target.
+
+    A conjunction of many functionals moves along all that are missing, not only the worst. Never positive: 0 where
+    the clause is broken.
+    """
+    positive = values.clamp_min(0.0)
+    zero = values.new_zeros((*values.shape[:-1], spec.count))
+    lacking = zero.scatter_add(-1, spec.clause.expand_as(values), positive)
+    return -(lacking.amin(-1) if target is None else _at(lacking, target))
+
+
 def dlr(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tensor:
     """The difference of logits ratio: −margin over the spread of the largest logits, the same at any scale.
 
@@ -58,7 +70,12 @@ def _at(clauses: Tensor, target: Tensor) -> Tensor:
     return clauses.gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 
-LOSSES: dict[str, Loss] = {"margin": margin_loss, "cross_entropy": cross_entropy, "dlr": dlr}
+LOSSES: dict[str, Loss] = {
+    "margin": margin_loss,
+    "cross_entropy": cross_entropy,
+    "dlr": dlr,
+    "shortfall": shortfall,
+}
 
 # Losses that are defined from so many clauses on: without and with a target.
 FEWEST: dict[Loss, tuple[int, int]] = {dlr: (2, 3)}
