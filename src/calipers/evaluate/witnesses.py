@@ -144,7 +144,7 @@ def load_witnesses(path: str | Path) -> Witnesses:
     optional = tuple(f"threat_{name}" for name in _PARTS)
     found = read_arrays(file, (*_ARRAYS, *_TEXTS), optional, expected=expected)
     wrong = [k for k in _TEXTS if found[k].dtype.kind != "U" or found[k].ndim]
-    wrong += [k for k in _ARRAYS if found[k].dtype.kind not in "fi"]
+    wrong += [k for k in found if k not in _TEXTS and not _numeric(found[k].dtype)]
     if wrong:
         raise DataError(f"{file}: {', '.join(wrong)}: wrong type of array; expected {expected}")
     if str(found["format"]) != FORMAT:
@@ -165,6 +165,11 @@ def load_witnesses(path: str | Path) -> Witnesses:
     if not torch.equal(prediction, witnesses.prediction):
         raise DataError(f"{file}: prediction is not the class of the largest output; damaged?")
     return witnesses
+
+
+def _numeric(dtype: np.dtype[Any]) -> bool:
+    """Whether torch has this type."""
+    return dtype.kind in "fib" and dtype.itemsize <= 8 and dtype.isnative
 
 
 def _refuse_bomb(file: Path) -> None:
