@@ -11,7 +11,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -27,6 +27,7 @@ from calipers.errors import DataError, unknown_name
 DIGITS_TRAIN = 1297  # of the 1,797 digits, in the order of the packaged file
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _TEN = tuple("0123456789")
+FOLDER = ("x.npy", "y.npy")
 # what numpy and zipfile raise on damaged files
 _DAMAGE = (
     ValueError,
@@ -202,35 +203,57 @@ def _domain(value: Any, x: Tensor, name: str, which: str) -> float | Tensor:
 
 
 def _npz(path: Path) -> Data:
-    _present(path, "an .npz file with x and y")
-    fields = {}
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            missing = {"x", "y"} - set(archive.files)
-            if missing:
-                raise DataError(
-                    f"{path}: no {' and no '.join(sorted(missing))} in the archive (it holds "
-                    f"{', '.join(archive.files[:8]) or 'nothing'}); save it with np.savez(file, x=..., y=...)"
-                )
-            for key in ("x", "y", "lower", "upper", "classes"):
-                if key in archive.files:
-                    fields[key] = archive[key]
-    except _DAMAGE as error:
-        raise _unreadable(path, error) from None
+    expected = "an .npz file with x and y, saved by np.savez(file, x=..., y=...)"
+    fields = read_arrays(path, ("x", "y"), ("lower", "upper", "classes"), expected=expected)
     names = tuple(str(c) for c in fields.pop("classes", np.array([])).ravel().tolist())
     return checked(fields.pop("x"), fields.pop("y"), name=path.name, classes=names, **fields)
 
 
+def read_arrays(
+    path: str | Path, required: Sequence[str], optional: Sequence[str] = (), *, expected: str
+) -> dict[str, Any]:
+    """The arrays of these names in an ``.npz`` file; others are not read.
+
+    Args:
+        expected: what the file should be, for messages.
+
+    Raises:
+        DataError: the file is missing, damaged, or holds pickled objects (which are never loaded), or a required array
+            is missing.
+    """
+    file = Path(path)
+    _present(file, expected)
+    try:
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            missing = sorted(set(required) - set(archive.files))
+            if missing:
+                raise DataError(
+                    f"{file}: no {' and no '.join(missing)} in the archive (it holds "
+                    f"{', '.join(archive.files[:8]) or 'nothing'}); expected {expected}"
+                )
+            return {k: archive[k] for k in (*required, *optional) if k in archive.files}
+    except _DAMAGE as error:
+        raise _unreadable(file, error) from None
+
+
+def read_array(path: str | Path, *, expected: str) -> Any:
+    """The array in an ``.npy`` file.
+
+    Raises:
+        DataError: as `read_arrays`.
+    """
+    file = Path(path)
+    _present(file, expected)
+    try:
+        with file.open("rb") as handle:
+            return np.load(handle, allow_pickle=False)
+    except _DAMAGE as error:
+        raise _unreadable(file, error) from None
+
+
 def _folder(path: Path) -> Data:
-    arrays = []
-    for file in (path / "x.npy", path / "y.npy"):
-        _present(file, "a folder with x.npy and y.npy")
-        try:
-            with file.open("rb") as handle:
-                arrays.append(np.load(handle, allow_pickle=False))
-        except _DAMAGE as error:
-            raise _unreadable(file, error) from None
-    return checked(arrays[0], arrays[1], name=path.name)
+    x, y = (read_array(path / f, expected="a folder with x.npy and y.npy") for f in FOLDER)
+    return checked(x, y, name=path.name)
 
 
 def load_mask(path: str | Path) -> Tensor:
@@ -240,12 +263,7 @@ def load_mask(path: str | Path) -> Tensor:
         DataError: the file is missing or damaged, or does not hold bools.
     """
     file = Path(path)
-    _present(file, "an .npy file with bools")
-    try:
-        with file.open("rb") as handle:
-            array = np.load(handle, allow_pickle=False)
-    except _DAMAGE as error:
-        raise _unreadable(file, error) from None
+    array = read_array(file, expected="an .npy file with bools")
     if not isinstance(array, np.ndarray) or array.dtype != np.bool_:
         raise DataError(
             f"{file}: a mask holds bools, one per feature; save it with np.save(file, m.astype(bool))"

@@ -20,7 +20,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from calipers.attacks import ATTACKS
+from calipers.attacks import ATTACKS, LEVELS
 from calipers.bounds import BOUNDS
 from calipers.data import Data, load, load_mask
 from calipers.errors import ModelError, unknown_name
@@ -90,14 +90,14 @@ def audit(
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
         if file is not None:
-            _writable(option, file.absolute())
+            writable(option, file.absolute())
     limit = None if memory is None else bytes_of(memory)
     seconds = None if budget is None else seconds_of(budget)
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if names is not None:
         select(names)  # a typing error shows before anything is loaded
     network, data, threat = subject.load()
-    with _progress() as show:
+    with progress_bar() as show:
         result = run_audit(
             network,
             data,
@@ -113,7 +113,7 @@ def audit(
             memory=limit,
             name=subject.name,
         )
-    _console().print(result.table())
+    console().print(result.table())
     if json_file is not None:
         write_atomically(json_file, json.dumps(result.json(), indent=2, allow_nan=False) + "\n")
     if report is not None:
@@ -122,7 +122,7 @@ def audit(
     return result.stopped == "interrupted"
 
 
-def _writable(option: str, file: Path) -> None:
+def writable(option: str, file: Path) -> None:
     """Refuse an output that cannot be written before the work, not after it."""
     if not file.parent.is_dir():
         raise ValueError(f"{option}: the folder {file.parent} does not exist")
@@ -132,16 +132,16 @@ def _writable(option: str, file: Path) -> None:
 
 def explain(subject: Subject, *, index: int, seed: int) -> None:
     network, data, threat = subject.load()
-    _console().print(run_explain(network, data, threat, index=index, seed=seed).table())
+    console().print(run_explain(network, data, threat, index=index, seed=seed).table())
 
 
 def inspect(model: str, weights: Path | None, input_shape: str | None) -> None:
     network = load_model(model, weights, shape_of(input_shape))
     from calipers.graph.inspect import inspect as inspect_network
 
-    console = _console()
+    out = console()
     for line in inspect_network(network).lines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def methods() -> None:
@@ -152,23 +152,24 @@ def methods() -> None:
         ("Upper bound of the adversary's loss (bounds: the lower end of the margin)", BOUNDS),
         ("Outer minimisation (training)", {}),
     )
-    console = _console()
+    out = console()
     for title, entries in sides:
-        console.print(Text(title, style="bold"))
+        out.print(Text(title, style="bold"))
         table = Table.grid(padding=(0, 2))
         for name, method in entries.items():
             table.add_row(f"  {name}", Text(_summary(method)))
-        console.print(table if entries else Text("  none in this version", style="dim"))
+        out.print(table if entries else Text("  none in this version", style="dim"))
+    out.print(Text(f"Levels of the attack auto: {', '.join(LEVELS)}"))
     stages = ", ".join(stage.name for stage in default_cascade())
-    console.print(Text(f"Stages of an audit, in order: {stages}", style="bold"))
-    console.print(Text(f"Models of the zoo: {', '.join(ZOO)}"))
+    out.print(Text(f"Stages of an audit, in order: {stages}", style="bold"))
+    out.print(Text(f"Models of the zoo: {', '.join(ZOO)}"))
 
 
 def _summary(method: Callable[..., Any]) -> str:
     return (python_inspect.getdoc(method) or "").split("\n")[0]
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, option: str = "--budget") -> float:
     """``90``, ``90s``, ``10m`` or ``1.5h`` in seconds.
 
     Raises:
@@ -176,7 +177,7 @@ def seconds_of(text: str) -> float:
     """
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", text.strip())
     if not found or not float(found[1]):
-        raise ValueError(f"--budget: cannot read {text!r}; write a time such as 90s, 10m or 1.5h")
+        raise ValueError(f"{option}: cannot read {text!r}; write a time such as 90s, 10m or 1.5h")
     return float(found[1]) * UNITS[found[2]]
 
 
@@ -199,13 +200,13 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     return shape
 
 
-def _console() -> Console:
+def console() -> Console:
     """Standard output: as wide as the terminal, or 120 columns in a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def progress_bar() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, a line per finished stage elsewhere; on standard error."""
     if not sys.stderr.isatty():
         yield _plain

@@ -1,5 +1,15 @@
-"""Measuring a network: checks, the cascade that brackets its robust accuracy, stored runs, reports."""
+"""Measuring a network: audits and their reports; attacks alone, with witnesses, replays and transfer."""
 
 from calipers.evaluate.audit import audit as audit
+from calipers.evaluate.empirical import Empirical as Empirical
+from calipers.evaluate.empirical import empirical as empirical
 from calipers.evaluate.explain import explain as explain
+from calipers.evaluate.replay import Replayed as Replayed
+from calipers.evaluate.replay import replay as replay
+from calipers.evaluate.replay import replay_assignment as replay_assignment
 from calipers.evaluate.result import Audit as Audit
+from calipers.evaluate.transfer import Transfer as Transfer
+from calipers.evaluate.transfer import transfer as transfer
+from calipers.evaluate.witnesses import Witnesses as Witnesses
+from calipers.evaluate.witnesses import load_witnesses as load_witnesses
+from calipers.evaluate.witnesses import save_witnesses as save_witnesses

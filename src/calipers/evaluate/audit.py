@@ -84,7 +84,7 @@ def audit(
     if chunk < 1:
         raise ValueError(f"chunk: {chunk} is not at least 1")
     whole = as_data(data)
-    part, positions = _sample(whole, samples, seed)
+    part, positions = sample(whole, samples, seed)
     network = model if isinstance(model, Network) else capture(model, part.x[:1])
     stages = tuple(default_cascade(network) if cascade is None else cascade)
     with evaluating(network.module):
@@ -100,7 +100,7 @@ def audit(
             "code": code_digest(),
             "model": model_digest(network),
             "data": part.digest,
-            "threat": _threat(threat),
+            "threat": threat_identity(threat),
             "seed": seed,
             "replicas": list(agreeing),
             "deployed": deployed,
@@ -182,7 +182,7 @@ def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
     return to_grid(moved, threat.grid)
 
 
-def _threat(threat: ThreatModel) -> str:
+def threat_identity(threat: ThreatModel) -> str:
     """The threat model as a string that tells any two apart."""
     parts = (
         f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
@@ -192,7 +192,7 @@ def _threat(threat: ThreatModel) -> str:
     return f"p={float(threat.p):g} {' '.join(parts)}"
 
 
-def _sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
+def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
     """``samples`` examples drawn without replacement, in the data's order, and their positions in it."""
     if samples is None or samples == len(data):
         return data, torch.arange(len(data))

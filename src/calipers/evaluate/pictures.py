@@ -159,3 +159,42 @@ def _svg(width: float, height: float, parts: Sequence[str], label: str) -> Marku
     return Markup(  # noqa: S704 - built from numbers and constants alone
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body}</svg>'
     )
+
+
+# digits of 3 x 5 pixels, a line per row from the top, the leftmost pixel the highest bit
+_FONT = dict(
+    zip(
+        "0123456789",
+        (
+            *((7, 5, 5, 5, 7), (2, 6, 2, 2, 7), (7, 1, 7, 4, 7), (7, 1, 7, 1, 7), (5, 5, 7, 1, 1)),
+            *((7, 4, 7, 1, 7), (7, 4, 7, 5, 7), (7, 1, 2, 2, 2), (7, 5, 7, 5, 7), (7, 5, 7, 1, 7)),
+        ),
+        strict=True,
+    )
+)
+
+
+def labelled(
+    images: Sequence[NDArray[np.uint8]], above: str, below: str, side: int = 96, gap: int = 6
+) -> NDArray[np.uint8]:
+    """A column of ``images`` (H, W, 3), enlarged to about ``side`` pixels, with a class number above and one below."""
+    factor = max(1, side // max(images[0].shape[:2]))
+    large = [image.repeat(factor, 0).repeat(factor, 1) for image in images]
+    width = max(large[0].shape[1], 30)
+    parts = [_number(above, width), *large, _number(below, width)]
+    framed = [
+        np.pad(p, ((gap, gap), (gap, gap + width - p.shape[1]), (0, 0)), constant_values=255)
+        for p in parts
+    ]
+    return np.concatenate(framed)
+
+
+def _number(text: str, width: int, scale: int = 3) -> NDArray[np.uint8]:
+    """Digits in black on white, (5·scale, width, 3)."""
+    canvas = np.full((5 * scale, width, 3), 255, np.uint8)
+    for place, letter in enumerate(text[: width // (4 * scale)]):
+        bits = [[not row >> (2 - i) & 1 for i in range(3)] for row in _FONT[letter]]
+        glyph = np.kron(np.array(bits, np.uint8) * 255, np.ones((scale, scale), np.uint8))
+        left = 4 * scale * place
+        canvas[:, left : left + 3 * scale] = glyph[..., None]
+    return canvas

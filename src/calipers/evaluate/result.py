@@ -153,6 +153,12 @@ class Audit:
             "empirical": clopper_pearson(len(self) - broken, len(self)),
         }
 
+    def _positions(self, verdict: Verdict) -> list[int]:
+        """Where the examples of this verdict stand in the data set."""
+        return [
+            p for p, v in zip(self.positions.tolist(), self.verdicts, strict=True) if v is verdict
+        ]
+
     def reason(self, row: int) -> str:
         """Why an example has its verdict, in a few words."""
         said = self.bracket.reason(row)
@@ -175,10 +181,12 @@ class Audit:
             "robust": self.counts[Verdict.ROBUST],
             "vulnerable": self.counts[Verdict.VULNERABLE],
             "unknown": self.unknown,
+            "certified_examples": self._positions(Verdict.ROBUST),
+            "broken_examples": self._positions(Verdict.VULNERABLE),
             "confidence_95": self.confidence and {k: list(v) for k, v in self.confidence.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
-            "threat": _threat(self.threat),
+            "threat": threat_json(self.threat),
             "deployed": self.deployed,
             "methods": [
                 {
@@ -215,7 +223,7 @@ class Audit:
         write_atomically(path, render(self))
 
 
-def _threat(threat: ThreatModel) -> dict[str, Any]:
+def threat_json(threat: ThreatModel) -> dict[str, Any]:
     """The threat model as JSON: ``grid`` and ``free`` (how many features of the mask may change) only where set."""
     sides = {name: _plain(getattr(threat, name)) for name in ("eps", "lower", "upper")}
     optional = {
