@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from calipers.attacks import ATTACKS as ATTACKS
     from calipers.attacks import apgd as apgd
     from calipers.attacks import auto as auto
+    from calipers.attacks import closest as closest
+    from calipers.attacks import ddn as ddn
+    from calipers.attacks import distance as distance
     from calipers.attacks import fgsm as fgsm
+    from calipers.attacks import fmn as fmn
+    from calipers.attacks import from_numpy as from_numpy
     from calipers.attacks import pgd as pgd
+    from calipers.attacks import polished as polished
     from calipers.attacks import search as search
+    from calipers.attacks import square as square
     from calipers.attacks import targeted as targeted
     from calipers.bounds import BOUNDS as BOUNDS
     from calipers.bounds import crown as crown
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from calipers.graph.graph import Network as Network
     from calipers.graph.onnx import load_onnx as load_onnx
     from calipers.graph.onnx import save_onnx as save_onnx
+    from calipers.graph.onnx import session as session
     from calipers.sets import Region as Region
     from calipers.sets import ThreatModel as ThreatModel
     from calipers.spec import Spec as Spec
@@ -48,6 +56,13 @@ _WHERE = {
     "pgd": "calipers.attacks",
     "search": "calipers.attacks",
     "targeted": "calipers.attacks",
+    "closest": "calipers.attacks",
+    "ddn": "calipers.attacks",
+    "distance": "calipers.attacks",
+    "fmn": "calipers.attacks",
+    "from_numpy": "calipers.attacks",
+    "polished": "calipers.attacks",
+    "square": "calipers.attacks",
     "BOUNDS": "calipers.bounds",
     "crown": "calipers.bounds",
     "crown_ibp": "calipers.bounds",
@@ -62,6 +77,7 @@ _WHERE = {
     "Network": "calipers.graph.graph",
     "load_onnx": "calipers.graph.onnx",
     "save_onnx": "calipers.graph.onnx",
+    "session": "calipers.graph.onnx",
     "Region": "calipers.sets",
     "ThreatModel": "calipers.sets",
     "Spec": "calipers.spec",

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from calipers.attacks.adapters import from_numpy as from_numpy
 from calipers.attacks.apgd import apgd as apgd
+from calipers.attacks.boundary import ddn as ddn
+from calipers.attacks.boundary import fmn as fmn
 from calipers.attacks.cascade import LEVELS as LEVELS
 from calipers.attacks.cascade import Found as Found
 from calipers.attacks.cascade import auto as auto
@@ -16,5 +19,12 @@ from calipers.attacks.gradient import fgsm as fgsm
 from calipers.attacks.gradient import pgd as pgd
 from calipers.attacks.gradient import targeted as targeted
 from calipers.attacks.losses import LOSSES as LOSSES
+from calipers.attacks.minimum_norm import MinimumNorm as MinimumNorm
+from calipers.attacks.minimum_norm import closest as closest
+from calipers.attacks.minimum_norm import distance as distance
+from calipers.attacks.minimum_norm import polished as polished
+from calipers.attacks.square import square as square
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "auto": auto}
+BLACK_BOX: dict[str, Callable[..., Tensor]] = {"square": square}
+MINIMUM_NORM: dict[str, MinimumNorm] = {"fmn": fmn, "ddn": ddn, "closest": closest}
