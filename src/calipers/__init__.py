@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from calipers.attacks import closest as closest
     from calipers.attacks import ddn as ddn
     from calipers.attacks import distance as distance
+    from calipers.attacks import ensemble as ensemble
+    from calipers.attacks import expectation as expectation
     from calipers.attacks import fgsm as fgsm
     from calipers.attacks import fmn as fmn
     from calipers.attacks import from_numpy as from_numpy
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from calipers.attacks import polished as polished
     from calipers.attacks import search as search
     from calipers.attacks import square as square
+    from calipers.attacks import straight_through as straight_through
     from calipers.attacks import targeted as targeted
     from calipers.bounds import BOUNDS as BOUNDS
     from calipers.bounds import crown as crown
@@ -63,6 +66,9 @@ _WHERE = {
     "from_numpy": "calipers.attacks",
     "polished": "calipers.attacks",
     "square": "calipers.attacks",
+    "ensemble": "calipers.attacks",
+    "expectation": "calipers.attacks",
+    "straight_through": "calipers.attacks",
     "BOUNDS": "calipers.bounds",
     "crown": "calipers.bounds",
     "crown_ibp": "calipers.bounds",

@@ -24,6 +24,9 @@ from calipers.attacks.minimum_norm import closest as closest
 from calipers.attacks.minimum_norm import distance as distance
 from calipers.attacks.minimum_norm import polished as polished
 from calipers.attacks.square import square as square
+from calipers.attacks.wrappers import ensemble as ensemble
+from calipers.attacks.wrappers import expectation as expectation
+from calipers.attacks.wrappers import straight_through as straight_through
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "auto": auto}
 BLACK_BOX: dict[str, Callable[..., Tensor]] = {"square": square}
