@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from calipers.attacks import auto as auto
     from calipers.attacks import closest as closest
     from calipers.attacks import ddn as ddn
+    from calipers.attacks import diagnose as diagnose
     from calipers.attacks import distance as distance
     from calipers.attacks import ensemble as ensemble
     from calipers.attacks import expectation as expectation
@@ -61,6 +62,7 @@ _WHERE = {
     "targeted": "calipers.attacks",
     "closest": "calipers.attacks",
     "ddn": "calipers.attacks",
+    "diagnose": "calipers.attacks",
     "distance": "calipers.attacks",
     "fmn": "calipers.attacks",
     "from_numpy": "calipers.attacks",

@@ -14,6 +14,8 @@ from calipers.attacks.cascade import LEVELS as LEVELS
 from calipers.attacks.cascade import Found as Found
 from calipers.attacks.cascade import auto as auto
 from calipers.attacks.cascade import search as search
+from calipers.attacks.diagnostics import Finding as Finding
+from calipers.attacks.diagnostics import diagnose as diagnose
 from calipers.attacks.gradient import Targeted as Targeted
 from calipers.attacks.gradient import fgsm as fgsm
 from calipers.attacks.gradient import pgd as pgd
