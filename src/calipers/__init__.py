@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from calipers.attacks import fgsm as fgsm
     from calipers.attacks import fmn as fmn
     from calipers.attacks import from_numpy as from_numpy
+    from calipers.attacks import gini as gini
+    from calipers.attacks import loss_curve as loss_curve
     from calipers.attacks import pgd as pgd
     from calipers.attacks import polished as polished
+    from calipers.attacks import restart_losses as restart_losses
     from calipers.attacks import search as search
     from calipers.attacks import square as square
     from calipers.attacks import straight_through as straight_through
@@ -71,6 +74,9 @@ _WHERE = {
     "ensemble": "calipers.attacks",
     "expectation": "calipers.attacks",
     "straight_through": "calipers.attacks",
+    "gini": "calipers.attacks",
+    "loss_curve": "calipers.attacks",
+    "restart_losses": "calipers.attacks",
     "BOUNDS": "calipers.bounds",
     "crown": "calipers.bounds",
     "crown_ibp": "calipers.bounds",

@@ -21,6 +21,9 @@ from calipers.attacks.gradient import fgsm as fgsm
 from calipers.attacks.gradient import pgd as pgd
 from calipers.attacks.gradient import targeted as targeted
 from calipers.attacks.losses import LOSSES as LOSSES
+from calipers.attacks.measures import gini as gini
+from calipers.attacks.measures import loss_curve as loss_curve
+from calipers.attacks.measures import restart_losses as restart_losses
 from calipers.attacks.minimum_norm import MinimumNorm as MinimumNorm
 from calipers.attacks.minimum_norm import closest as closest
 from calipers.attacks.minimum_norm import distance as distance
