@@ -21,6 +21,7 @@ from torch import Tensor
 from calipers.attacks.apgd import apgd
 from calipers.attacks.cascade import search, stages_of
 from calipers.attacks.gradient import fgsm, pgd
+from calipers.attacks.inputs import outputs_of
 from calipers.attacks.losses import cross_entropy, margin_loss, read
 from calipers.attacks.search import Model, required
 from calipers.attacks.square import square
@@ -473,26 +474,10 @@ def diagnose(
     x = region.project(region.center.to(dtype))
     seeds = required(seeds, len(region), random=False)
     case = Case(counted(model), region, spec, seeds, x, queries, domain)
-    _require_rows(case)
+    with torch.no_grad():  # what every check asks for first
+        case.__dict__["outputs"] = outputs_of(case.model(x), spec, len(x))
     found = (_finding(name, CHECKS[name], case) for name in checks)
     return [finding for finding in found if finding is not None]
-
-
-def _require_rows(case: Case) -> None:
-    """The outputs are a (B, K) tensor for the K of the specification."""
-    with torch.no_grad():
-        y: object = case.model(case.x)
-    if not isinstance(y, Tensor):
-        raise ModelError(
-            f"model: returns {type(y).__name__}, not a tensor; wrap it so that it returns logits alone"
-        )
-    wanted = (len(case), case.spec.C.shape[2])
-    if tuple(y.shape) != wanted or not y.is_floating_point():
-        raise ModelError(
-            f"model: outputs of shape {tuple(y.shape)} and type {y.dtype}; the specification needs floating point of "
-            f"shape {wanted}"
-        )
-    case.__dict__["outputs"] = y
 
 
 def _finding(name: str, check: Check, case: Case) -> Finding | None:
