@@ -19,6 +19,7 @@ RESULTS = {
     "02_bound.py": r"digits_pgd +0\.03 +crown +\d+%",
     "03_audit.py": r"\d+% certified <= robust accuracy <= \d+% empirical",
     "04_onnx.py": r"ONNX file: certified margins \[",
+    "05_binarised.py": r"(?s)40 steps +accuracy 9\d%.*through +accuracy 7\d%.*certified +accuracy 6\d%.*zero grad",
 }
 
 

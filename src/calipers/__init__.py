@@ -18,15 +18,22 @@ if TYPE_CHECKING:
     from calipers.attacks import auto as auto
     from calipers.attacks import closest as closest
     from calipers.attacks import ddn as ddn
+    from calipers.attacks import diagnose as diagnose
     from calipers.attacks import distance as distance
+    from calipers.attacks import ensemble as ensemble
+    from calipers.attacks import expectation as expectation
     from calipers.attacks import falsify as falsify
     from calipers.attacks import fgsm as fgsm
     from calipers.attacks import fmn as fmn
     from calipers.attacks import from_numpy as from_numpy
+    from calipers.attacks import gini as gini
+    from calipers.attacks import loss_curve as loss_curve
     from calipers.attacks import pgd as pgd
     from calipers.attacks import polished as polished
+    from calipers.attacks import restart_losses as restart_losses
     from calipers.attacks import search as search
     from calipers.attacks import square as square
+    from calipers.attacks import straight_through as straight_through
     from calipers.attacks import targeted as targeted
     from calipers.bounds import BOUNDS as BOUNDS
     from calipers.bounds import crown as crown
@@ -60,11 +67,18 @@ _WHERE = {
     "targeted": "calipers.attacks",
     "closest": "calipers.attacks",
     "ddn": "calipers.attacks",
+    "diagnose": "calipers.attacks",
     "distance": "calipers.attacks",
     "fmn": "calipers.attacks",
     "from_numpy": "calipers.attacks",
     "polished": "calipers.attacks",
     "square": "calipers.attacks",
+    "ensemble": "calipers.attacks",
+    "expectation": "calipers.attacks",
+    "straight_through": "calipers.attacks",
+    "gini": "calipers.attacks",
+    "loss_curve": "calipers.attacks",
+    "restart_losses": "calipers.attacks",
     "BOUNDS": "calipers.bounds",
     "crown": "calipers.bounds",
     "crown_ibp": "calipers.bounds",

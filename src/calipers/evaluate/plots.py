@@ -1,0 +1,134 @@
+"""Figures of attacks as SVG text that stands alone: what changes look like, how losses climb, how restarts spread.
+
+The numbers come from `calipers.gini`, `calipers.loss_curve` and `calipers.restart_losses`; nothing here is computed
+by other packages, and every name is escaped. Write the text to a file that ends in ``.svg``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from markupsafe import escape
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calipers.attacks import gini
+from calipers.evaluate.pictures import Array, as_change, as_image, data_uri
+
+TILE, GAP = 96.0, 14.0
+WIDTH, HEIGHT = 480.0, 260.0
+LEFT, BOTTOM = 56.0, 40.0
+STYLE = (
+    "text{font:12px sans-serif;fill:#333}image{image-rendering:pixelated}.frame{fill:none;stroke:#bbb}"
+    ".ink{fill:none;stroke:#333}.each{fill:none;stroke:#005ab5;opacity:.25}.middle{fill:none;stroke:#d55e00;"
+    "stroke-width:2.5}.dot{fill:#005ab5;opacity:.35}.best{fill:#d55e00}"
+)
+
+
+def changes(x: Tensor, points: Mapping[str, Tensor]) -> str:
+    """Each image in its row, beside each attack's change and its Gini index: blue down, orange up, white unchanged.
+
+    Colours are scaled to each change's own largest value: a dense change fills the tile, a sparse one does not.
+
+    Args:
+        x: (B, C, H, W) images in [0, 1], one or three channels; a few.
+        points: (B, C, H, W) for each attack by name.
+
+    Raises:
+        ValueError: ``x`` are no images, or points have another shape.
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"x: shape {tuple(x.shape)} is no batch of images (B, 1 or 3, H, W)")
+    wrong = [name for name, point in points.items() if point.shape != x.shape]
+    if wrong:
+        raise ValueError(
+            f"points: {wrong[0]} has shape {tuple(points[wrong[0]].shape)}, x {tuple(x.shape)}"
+        )
+    out = [_text(GAP + TILE / 2, 14, "input")]
+    for row, image in enumerate(_array(x)):
+        out.append(_tile(0, row, as_image(image)))
+    for column, (name, point) in enumerate(points.items(), 1):
+        out.append(_text(GAP + column * (TILE + GAP) + TILE / 2, 14, name))
+        change = point - x
+        for row, (delta, index) in enumerate(
+            zip(_array(change), gini(change).tolist(), strict=True)
+        ):
+            out.append(_tile(column, row, as_change(delta, float(np.abs(delta).max()))))
+            middle, below = GAP + column * (TILE + GAP) + TILE / 2, 34 + row * (TILE + 30) + TILE
+            out.append(_text(middle, below, f"Gini {index:.2f}"))
+    width = GAP + (len(points) + 1) * (TILE + GAP)
+    return _svg(width, 24 + len(x) * (TILE + 30), out, "inputs and what attacks changed")
+
+
+def curves(losses: Tensor, label: str = "loss") -> str:
+    """The loss of each example at each evaluation, (evaluations, B), and their median in orange."""
+    values = _array(losses)
+    steps = np.arange(len(values), dtype=float)
+    lines = [("each", steps, column) for column in values.T]
+    lines.append(("middle", steps, np.median(values, axis=1)))
+    across, up = _scale(steps, LEFT, WIDTH - GAP), _scale(values, HEIGHT - BOTTOM, GAP)
+    out = [
+        f'<polyline class="{kind}" points="'
+        + " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in zip(at, column, strict=True))
+        + '"/>'
+        for kind, at, column in lines
+    ]
+    return _framed(out, values, "evaluation", label, f"0 to {len(values) - 1}")
+
+
+def spread(losses: Tensor, label: str = "final loss") -> str:
+    """The final losses of restarts, (restarts, B): a column of dots per example, the best in orange."""
+    values = _array(losses)
+    values = values[:, values.max(0).argsort()]
+    columns = np.arange(values.shape[1], dtype=float)
+    across, up = _scale(columns, LEFT + GAP, WIDTH - 2 * GAP), _scale(values, HEIGHT - BOTTOM, GAP)
+    out = [
+        f'<circle class="{"best" if value == values[:, i].max() else "dot"}" cx="{across(float(i)):.1f}" '
+        f'cy="{up(float(value)):.1f}" r="2.5"/>'
+        for i in range(values.shape[1])
+        for value in values[:, i]
+    ]
+    return _framed(out, values, "example", label, f"{len(values)} restarts of each")
+
+
+def _array(values: Tensor) -> Array:
+    array: Array = values.detach().double().cpu().numpy()
+    return array
+
+
+def _scale(values: Array, first: float, last: float) -> Callable[[float], float]:
+    """From values to a coordinate, linearly: the smallest to ``first``, the largest to ``last``."""
+    low, high = float(values.min()), float(values.max())
+    slope = (last - first) / (high - low if high > low else 1.0)
+    return lambda value: first + (value - low) * slope
+
+
+def _tile(column: int, row: int, image: NDArray[np.uint8]) -> str:
+    x, y = GAP + column * (TILE + GAP), 20 + row * (TILE + 30)
+    place = f'x="{x:g}" y="{y:g}" width="{TILE:g}" height="{TILE:g}"'
+    return f'<image {place} href="{data_uri(image)}"/><rect class="frame" {place}/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _framed(parts: Sequence[str], values: Array, across: str, up: str, note: str) -> str:
+    low, high = float(values.min()), float(values.max())
+    out = [
+        f'<path class="ink" d="M{LEFT} {GAP}V{HEIGHT - BOTTOM}H{WIDTH - GAP}"/>',
+        _text(LEFT - 6, GAP + 8, f"{high:.3g}", "end"),
+        _text(LEFT - 6, HEIGHT - BOTTOM, f"{low:.3g}", "end"),
+        _text(LEFT - 6, (HEIGHT - BOTTOM) / 2 + GAP, up, "end"),
+        _text((LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 20, f"{across} ({note})"),
+    ]
+    return _svg(WIDTH, HEIGHT, [*out, *parts], f"{up} by {across}")
+
+
+def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}" role="img" aria-label="{escape(label)}"><style>{STYLE}</style>'
+        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>'
+    )

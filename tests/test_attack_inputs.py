@@ -1,0 +1,262 @@
+"""Bad models, labels, sets and interruptions: every attack refuses them by name, or claims nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attack_checks import EPS, NORMS, K, batch, margins, network
+from calipers import (
+    Spec,
+    ThreatModel,
+    Verdict,
+    apgd,
+    attack,
+    auto,
+    fgsm,
+    pgd,
+    square,
+    targeted,
+    witness,
+)
+from calipers.attacks.inputs import differentiable, outputs_of
+from calipers.errors import DataError, ModelError
+from calipers.seeds import seeds
+
+INF = math.inf
+ATTACKS = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "auto": auto, "square": square}
+NET = network()
+X, Y = batch(NET)
+THREAT = ThreatModel(INF, 0.15)
+REGION, SPEC, SEEDS = THREAT.around(X), Spec.label(Y, K), seeds(X, 0, "t")
+each_attack = pytest.mark.parametrize("method", ATTACKS.values(), ids=ATTACKS)
+
+
+def run(method: Callable[..., Tensor], model: Callable[[Tensor], Tensor]) -> Tensor:
+    """The attack itself and the one-line call find the same kind of point: a member, and no worse than the example."""
+    for points in (
+        method(model, REGION, SPEC, dtype=X.dtype, seeds=SEEDS),
+        attack(model, X, Y, THREAT, method=method),
+    ):
+        assert points.shape == X.shape
+        assert REGION.contains(points).all()
+    return points
+
+
+# -- models --------------------------------------------------------------------------------------------
+
+
+@each_attack
+def test_nan_outputs_are_never_a_success(method: Callable[..., Tensor]) -> None:
+    points = run(method, lambda x: NET(x) * math.nan)
+    found = witness(lambda x: NET(x) * math.nan, REGION, SPEC, points)
+    assert (found.upper == INF).all()
+    assert set(found.verdict()) == {Verdict.UNKNOWN}
+
+
+@each_attack
+def test_nan_for_some_examples_leaves_the_others_their_attack(
+    method: Callable[..., Tensor],
+) -> None:
+    def model(x: Tensor) -> Tensor:
+        sick = torch.cdist(x, X[::2], p=INF).amin(1) < 0.16
+        return torch.where(sick[:, None], math.nan, NET(x))
+
+    points = run(method, model)
+    well = torch.isfinite(margins(model, SPEC, X))
+    assert 0 < well.sum() < len(X)
+    torch.testing.assert_close(points[well], run(method, NET)[well])
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "auto", "square"])
+def test_nan_on_the_way_is_no_better_than_the_start(name: str) -> None:
+    def model(x: Tensor) -> Tensor:
+        y = NET(x)
+        far = (x - X).abs().amax(1) > 0.05 if len(x) == len(X) else (x.sum(1) > 6)
+        return torch.where(far[:, None], math.nan, y)
+
+    points = ATTACKS[name](model, REGION, SPEC, dtype=X.dtype, seeds=SEEDS)
+    assert REGION.contains(points).all()
+    found, start = margins(NET, SPEC, points), margins(NET, SPEC, X)
+    assert (found <= start).all()
+
+
+@each_attack
+def test_infinite_outputs_crash_nothing(method: Callable[..., Tensor]) -> None:
+    run(method, lambda x: NET(x) / 0)
+
+
+def test_probabilities_do_not_stop_attacks_on_the_margin() -> None:
+    for method in (apgd, auto, square):
+        broken = margins(NET, SPEC, run(method, lambda x: NET(x).softmax(1))) <= 0
+        assert broken.sum() >= (margins(NET, SPEC, run(method, NET)) <= 0).sum() - 1
+
+
+@each_attack
+def test_layers_in_training_mode_are_refused_and_left_as_they_are(
+    method: Callable[..., Tensor],
+) -> None:
+    model = nn.Sequential(NET, nn.Dropout(0.5))
+    with pytest.raises(ModelError, match=r"1 in training mode; call \.eval\(\)"):
+        attack(model, X, Y, THREAT, method=method)
+    assert model.training
+
+
+def test_only_the_black_box_works_without_gradients() -> None:
+    for model in (lambda x: NET(x).detach(), lambda x: torch.from_numpy(NET(x).detach().numpy())):
+        torch.testing.assert_close(run(square, model), run(square, NET))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        ((torch.zeros(3, K), 0), "returns tuple, not a tensor"),
+        ({"logits": 0}, "returns dict"),
+        (None, "returns NoneType"),
+        (torch.zeros(3, K - 1), rf"shape \(3, {K - 1}\).*shape \(3, {K}\), a row of {K}"),
+        (torch.zeros(2, K), rf"shape \(2, {K}\)"),
+        (torch.zeros(3), r"shape \(3,\)"),
+        (torch.zeros(3, 1, K), rf"shape \(3, 1, {K}\)"),
+        (torch.zeros(3, K, dtype=torch.int64), r"torch\.int64"),
+    ],
+)
+def test_what_is_no_row_of_outputs_per_example_is_named(y: object, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        outputs_of(y, SPEC, 3)
+
+
+def test_outputs_that_fit_pass_through() -> None:
+    y = torch.zeros(3, K)
+    assert outputs_of(y, SPEC, 3) is y
+    assert differentiable(y.requires_grad_()) is y
+    with pytest.raises(ModelError, match=r"no gradient.*calipers\.square"):
+        differentiable(y.detach())
+
+
+# -- labels and targets --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (Y + K, rf"y: labels .* are outside 0\.\.{K - 1}, the classes of the model's {K} outputs"),
+        (Y - K, "are outside"),
+        (Y.double(), "vector of integers, not torch.float64"),
+        (Y.unsqueeze(1), r"of shape \(12, 1\)"),
+        (Y > 0, "torch.bool"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(y: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(NET, X, y, THREAT)
+    with pytest.raises(ValueError, match=message):
+        Spec.label(y, K)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Y + K, "t: labels .* are outside"),
+        (Y[:3], "t: 3 targets for 12 labels"),
+        (Y.double(), "t: labels must be a vector of integers"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(target: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        targeted(NET, REGION, Y, target, num_classes=K)
+
+
+def test_clauses_that_do_not_exist_are_refused() -> None:
+    for target in (K - 1, -1):
+        with pytest.raises(ValueError, match=rf"target: clauses must be in 0\.\.{K - 2}"):
+            apgd(NET, REGION, SPEC, target=torch.full_like(Y, target), dtype=X.dtype)
+
+
+# -- sets ------------------------------------------------------------------------------------------------
+
+
+@each_attack
+@pytest.mark.parametrize("p", NORMS)
+def test_a_radius_of_0_gives_the_example_back(method: Callable[..., Tensor], p: float) -> None:
+    threat = ThreatModel(p, 0.0)
+    points = attack(NET, X, Y, threat, method=method)
+    assert torch.equal(points, X)
+    with torch.no_grad():
+        wrong = (NET(X).argmax(1) + 1) % K
+    found = witness(NET, threat.around(X), Spec.label(wrong, K), points)
+    assert found.accuracy()[1] == 0  # and an example that is wrong is broken by no change at all
+
+
+@each_attack
+@pytest.mark.parametrize("p", NORMS)
+def test_a_mask_that_frees_nothing_gives_the_example_back(
+    method: Callable[..., Tensor], p: float
+) -> None:
+    frozen = ThreatModel(p, EPS[p], mask=torch.zeros(X.shape[1], dtype=torch.bool))
+    assert torch.equal(attack(NET, X, Y, frozen, method=method), X)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, dtype=torch.bool), r"mask: shape \(3,\) does not broadcast.*\(10,\)"),
+        (torch.ones(len(X), 10, dtype=torch.bool), r"mask: shape \(12, 10\) does not broadcast"),
+        (torch.ones(10), "mask: dtype torch.float32 is not bool"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(mask: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(NET, X, Y, ThreatModel(INF, 0.1, mask=mask))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ((10 * X).long(), "torch.int64 is not floating point"),
+        (3 * X, "outside the input domain"),
+        (X * math.nan, "12 of 12 examples contain NaN"),
+    ],
+)
+def test_inputs_outside_the_domain_are_refused(x: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        attack(NET, x, Y, THREAT)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "auto", "square"])
+def test_no_examples_give_no_points(name: str) -> None:
+    assert attack(NET, X[:0], Y[:0], THREAT, method=ATTACKS[name]).shape == (0, 10)
+
+
+# -- interruptions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd", "square"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_attack_leaves_everything_as_it_was(
+    name: str, error: type[BaseException]
+) -> None:
+    net = network()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    calls = 0
+
+    def model(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == (1 if name == "fgsm" else 4):
+            raise error("stop")
+        y: Tensor = net(x)
+        return y
+
+    x = X.clone()
+    with pytest.raises(error, match="stop"):
+        ATTACKS[name](model, REGION, SPEC, dtype=X.dtype, seeds=SEEDS)
+    assert torch.is_grad_enabled()
+    assert torch.equal(x, X)
+    for key, parameter in net.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[key])
