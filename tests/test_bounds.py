@@ -28,6 +28,7 @@ from calipers.graph.graph import bind as bind_values
 from calipers.ops import OPS, register
 from calipers.sets import Interval, Region, ThreatModel
 from calipers.spec import Spec
+from calipers.work import counting
 from networks import ARCHITECTURES, Builder
 from sandwiches import exact_values
 
@@ -656,3 +657,22 @@ def test_rigorous_bounds_hold_for_thresholds_and_parameters_that_float32_rounds(
             values = bound(net, region, spec, dtype=F32, rigorous=True)
             assert values.dtype == F64  # float32 cannot hold what is asked
             assert (values <= 0).all()
+
+
+def test_work_is_counted_in_passes() -> None:
+    """Intervals cost two passes, CROWN-IBP a row for each functional on top, CROWN rows for its neurons as well."""
+    network = ARCHITECTURES["mlp"](3)
+    region = ThreatModel(math.inf, 0.05).around(torch.rand(4, *network.input_shape))
+    spec = Spec.label(torch.zeros(4, dtype=torch.int64), network.num_classes)
+    spent = {}
+    for name, bound in BOUNDS.items():
+        with counting() as work:
+            bound(network, region, spec)
+        spent[name] = work.passes / 4
+    rows = spec.C.shape[1]
+    assert 2 <= spent["interval"] <= 2 + rows
+    assert 2 + rows / 2 <= spent["crown_ibp"] <= 2 + 2 * rows
+    assert spent["crown_ibp"] < spent["crown"] < 2 + 2 * rows + 2 * 64 * len(network.graph.nodes)
+    with counting() as work:
+        interval(network, region[:2], spec[:2])
+    assert work.passes / 2 == spent["interval"]

@@ -42,6 +42,7 @@ def propagate(
         if tighten is not None:
             tighten(state, node)
         if state.outdated(node):
+            state.spend(2 * state.batch)  # centre and width
             args, kwargs = state.arguments(node)
             if node.name == until and isinstance(step.kind, Affine):
                 state.env[node.name] = node.op(*args, **kwargs)

@@ -117,6 +117,7 @@ class _Pull:
 
     def _step(self, step: Step, A: Rows) -> None:
         state, node, kind = self.state, step.node, step.kind
+        state.spend(math.prod((A if isinstance(A, Tensor) else A.data).shape[:2]))
         if isinstance(A, Patch) and not (
             isinstance(kind, (Affine, Activation)) and patches.worthwhile(A, node.shape)
         ):

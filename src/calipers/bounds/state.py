@@ -22,6 +22,7 @@ from calipers.graph.graph import Graph, Network, Node, bind, resolve
 from calipers.ops import Facts, Kind, facts
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
+from calipers.work import spend
 
 T = TypeVar("T")
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
@@ -127,6 +128,10 @@ class State:
         """Nobody will ask for this value's interval again."""
         del self.boxes[name], self.env[name]
         self.widths.pop(name, None)
+
+    def spend(self, rows: int) -> None:
+        """Count ``rows`` taken through one node: through all of them they would be as many passes of the network."""
+        spend(rows / len(self.facts.steps))
 
     def part(self, span: slice) -> State:
         """The same computation for some of the examples; views, not copies."""
