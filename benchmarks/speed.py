@@ -147,21 +147,49 @@ def walk_and_interval(runs: int) -> None:
 
 
 def attack(runs: int, steps: int = 40) -> None:
-    print(f"\n| network | batch | bare {steps} passes ms | PGD-{steps} ms | ratio |")
-    print("| --- | --- | --- | --- | --- |")
+    peer = importlib.util.find_spec("torchattacks") is not None
+    print(
+        f"\n| network | batch | bare {steps} passes ms | PGD-{steps} / bare | no record / bare | torchattacks / bare |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
     for name in MODELS:
         module, _, shape = made(name)
-        for batch in (128,):
+        for batch in (128, 1000):
             x = torch.rand(batch, *shape)
             with torch.no_grad():
                 y = module(x).argmax(1)
             region, spec = cp.ThreatModel(math.inf, 0.01).around(x), cp.Spec.label(y, 10)
-            ours, bare, ratio = pairs(
+            count = runs if batch < 1000 else max(3, runs // 5)
+            rivals: list[Timed] = [
                 lambda: cp.pgd(module, region, spec, steps=steps),
-                lambda: bare_passes(module, x, y, steps),
-                runs,
-            )
-            print(f"| {name} | {batch} | {bare:.1f} | {ours:.1f} | {ratio:.3f} |", flush=True)
+                lambda: simplest(module, region, x, y, steps),
+            ]
+            if peer:
+                rivals.append(lambda: torchattacks_pgd(module, x, y, steps))
+            rows = [pairs(f, lambda: bare_passes(module, x, y, steps), count) for f in rivals]
+            shown = [f"{ratio:.2f}" for _, _, ratio in rows] + ["-"] * (3 - len(rows))
+            print(f"| {name} | {batch} | {rows[0][1]:.0f} | {' | '.join(shown)} |", flush=True)
+
+
+def simplest(module: nn.Module, region: cp.Region, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    """PGD's steps with nothing else: no record of the best point, the last one is what it is."""
+    low, high = region.inner(x.dtype)
+    point = x.clone()
+    for _ in range(steps):
+        point.requires_grad_()
+        loss = F.cross_entropy(module(point), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point)
+        point = point.detach().add_(gradient.sign_(), alpha=0.001).clamp_(low, high)
+    return point
+
+
+def torchattacks_pgd(module: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
+    import torchattacks
+
+    peer = torchattacks.PGD(module, eps=0.01, alpha=0.001, steps=steps, random_start=False)
+    peer.set_device("cpu")
+    points: Tensor = peer(x, y)
+    return points
 
 
 def bounds(folder: Path, runs: int, batches: tuple[int, ...]) -> None:

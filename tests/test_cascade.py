@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ import attack_checks as checks
 from attack_checks import EPS, INF, NORMS, K, N, batch, margins, network
 from calipers import Region, Spec, ThreatModel, apgd, pgd, search
 from calipers import data as datasets
-from calipers.attacks import LEVELS, Found
+from calipers.attacks import LEVELS, Found, calibrated
 from calipers.attacks.cascade import Stage
 from calipers.models import load_model
 from calipers.seeds import mixed, seeds
@@ -232,3 +233,20 @@ def test_unknown_levels_and_absurd_arguments_are_refused() -> None:
     few = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match="seeds: shape"):
         search(net, threat.around(x), Spec.label(y, K), seeds=few)
+
+
+def test_calibration_names_the_cheapest_size() -> None:
+    """A model that is slow beyond 64 rows, and one whose calls cost more than its rows."""
+
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(0.001 + (0.05 if len(x) > 64 else 0.0))
+        return 2 * x
+
+    def calls(x: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return 2 * x
+
+    x = torch.rand(10, 3)
+    assert calibrated(slow, x, seconds=9.0) == 64
+    assert calibrated(calls, x, seconds=9.0) == 512
+    assert calibrated(slow, x, seconds=0.0) == 32

@@ -29,6 +29,7 @@ from calipers.attacks.minimum_norm import MinimumNorm as MinimumNorm
 from calipers.attacks.minimum_norm import closest as closest
 from calipers.attacks.minimum_norm import distance as distance
 from calipers.attacks.minimum_norm import polished as polished
+from calipers.attacks.search import calibrated as calibrated
 from calipers.attacks.square import square as square
 from calipers.attacks.wrappers import ensemble as ensemble
 from calipers.attacks.wrappers import expectation as expectation

@@ -6,6 +6,7 @@ A *row* is one search: an example, perhaps one of several starts or targets of i
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol, Self, TypeVar
@@ -58,6 +59,31 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     toward, margin, value = read(loss, logits.detach(), spec, target)
     (gradient,) = torch.autograd.grad(logits, point, toward)
     return Look(gradient, margin, value)
+
+
+def calibrated(
+    model: Model, x: Tensor, sizes: tuple[int, ...] = (32, 64, 128, 256, 512), seconds: float = 0.1
+) -> int:
+    """How many rows at a time cost least per row, by timing passes of ``x`` (B, *x) forward and back: one of ``sizes``.
+
+    Large batches leave the cache, small ones waste calls; where the optimum lies differs by a factor of ten between
+    networks. Two passes of each size, or fewer once ``seconds`` are spent. What is chosen changes results by rounding,
+    so for runs that must repeat bit by bit give a number instead.
+    """
+    begin = time.perf_counter()
+    costs: dict[int, float] = {}
+    for size in sizes:
+        part = x[torch.arange(size, device=x.device) % len(x)]
+        for _ in range(3):  # the first one warms up
+            start = time.perf_counter()
+            with torch.enable_grad():
+                point = part.detach().requires_grad_()
+                y = model(point)
+            torch.autograd.grad(y.sum(), point)
+            costs[size] = (time.perf_counter() - start) / size
+        if time.perf_counter() - begin > seconds:
+            break
+    return min(costs, key=lambda size: costs[size])
 
 
 @dataclass
