@@ -224,6 +224,39 @@ def test_masks_boxes_and_domains_of_their_own() -> None:
         assert alarms <= {"unbroken at any radius"}
 
 
+@pytest.mark.parametrize("domain", [(0.0, 1.0), (-INF, INF)])
+def test_the_doubling_ends_whatever_the_radii_and_the_domain(domain: tuple[float, float]) -> None:
+    """Also where nothing is ever broken, features have a radius of 0, or the domain has no end."""
+    name = "unbroken at any radius"
+    some = torch.tensor([0.0, 0.1]).repeat(4)
+    for p, eps in ((INF, some), (INF, 0.05), (2, 0.3), (1, 1.0)):
+        region = ThreatModel(p, eps).around(X)
+        (found,) = diagnose(
+            lambda x: NET(X[:1]).expand(len(x), -1) + 0 * NET(x),
+            region,
+            Spec.label(Y[:1].expand(len(X)), 10),
+            checks=[name],
+            domain=domain,
+        )
+        assert found.value == 1
+        assert ("whole domain" in found.message) == (domain[1] == 1)
+
+
+def test_ctrl_c_ends_it() -> None:
+    """Also in the part of it that the cascade would turn into a result."""
+    calls = 0
+
+    def model(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 140:
+            raise KeyboardInterrupt
+        return NET(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, checks=["random beats gradient"])
+
+
 def test_passes_are_those_of_the_model() -> None:
     count = 0
 
