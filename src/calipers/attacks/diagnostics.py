@@ -353,7 +353,7 @@ def _everything_allowed(case: Case) -> Measured:
 
 
 def _covers(eps: Tensor, p: float, width: Tensor) -> bool:
-    """Whether balls of these radii (one each, or one per feature) hold every box of these widths around their centres."""
+    """Whether balls of these radii (one each, or per feature) hold every box of these widths around their centres."""
     if eps.ndim > 1:
         return bool((eps >= width).logical_or(width == 0).all())
     return bool((eps >= torch.linalg.vector_norm(width.flatten(1), ord=p, dim=1)).all())
