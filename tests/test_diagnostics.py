@@ -150,6 +150,11 @@ def test_walls_that_stop_steps_are_found(name: str) -> None:
     assert [(f.warning, f.value) for f in found] == [(True, 1.0)]
 
 
+def test_every_check_has_a_fault_that_it_finds() -> None:
+    found = set().union(*(expected for _, expected in FAULTS.values()))
+    assert found | set(STEPPED) | {"not converged"} == set(CHECKS)
+
+
 def test_a_target_that_takes_fine_steps_is_found() -> None:
     hidden = 0.5 + 0.1 * torch.linspace(-0.9, 0.93, 6)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from calipers.attacks.apgd import apgd
 from calipers.attacks.cascade import search, stages_of
 from calipers.attacks.gradient import fgsm, pgd
-from calipers.attacks.inputs import outputs_of
+from calipers.attacks.inputs import input_gradient, outputs_of, traced
 from calipers.attacks.losses import cross_entropy, margin_loss, read
 from calipers.attacks.search import Model, required
 from calipers.attacks.square import square
@@ -121,16 +121,10 @@ class Case:
         try:
             with torch.enable_grad():
                 point = self.x.clone().requires_grad_()
-                y = self.model(point)
-                if not y.requires_grad:
-                    return "the outputs do not depend on the inputs for torch"
-                toward = read(margin_loss, y.detach(), self.spec).toward
-                (gradient,) = torch.autograd.grad(y, point, toward, allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what torch raises where an op, or NumPy, has no derivative
-            return str(error).splitlines()[0]
-        return "the outputs do not use the inputs" if gradient is None else gradient
+                y = traced(self.model, point, self.spec)
+                return input_gradient(y, point, read(margin_loss, y.detach(), self.spec).toward)
+        except (ModelError, NotImplementedError) as error:  # the second: an op without a derivative
+            return str(error).removeprefix("model: ").splitlines()[0]
 
     @cached_property
     def differentiable(self) -> bool:
