@@ -141,6 +141,8 @@ def test_outputs_that_fit_pass_through() -> None:
         lambda x: torch.from_numpy(NET(x).numpy()),
         lambda x: NET(x.detach()),  # depends on parameters alone
         lambda x: NET(torch.from_numpy(x.detach().numpy())),
+        lambda x: NET(torch.heaviside(x - 0.5, x)),
+        lambda x: NET(torch.special.zeta(x + 2, x + 1)),
     ],
 )
 def test_models_without_a_gradient_are_named_and_the_black_box_offered(

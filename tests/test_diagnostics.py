@@ -82,6 +82,11 @@ FAULTS: dict[str, tuple[Model, set[str]]] = {
     "8-bit": (lambda x: NET((255 * x).round() / 255), ROUNDED),
     "rounded logits": (lambda x: (10 * NET(x)).round() / 10, ROUNDED),
     "not torch": (numpy_model(), {"no gradient", "black box beats gradient"}),
+    "detached inputs": (lambda x: NET(x.detach()), {"no gradient"}),
+    "no derivative": (
+        lambda x: NET(torch.heaviside(x - 0.5, torch.zeros(()))),
+        {"no gradient", "piecewise constant"},
+    ),
     "detached": (lambda x: NET(x).detach(), {"no gradient", "black box beats gradient"}),
     "shattered": (
         lambda x: NET(x + 0.03 * torch.sin(2000 * x)),

@@ -58,9 +58,14 @@ def input_gradient(y: Tensor, point: Tensor, toward: Tensor) -> Tensor:
     """The derivative of ⟨toward, y⟩ with respect to ``point``.
 
     Raises:
-        ModelError: ``y`` does not depend on ``point`` for torch, only on parameters, say.
+        ModelError: ``y`` depends on parameters alone, or an operator has no derivative.
     """
-    (gradient,) = torch.autograd.grad(y, point, toward, allow_unused=True)
+    try:
+        (gradient,) = torch.autograd.grad(y, point, toward, allow_unused=True)
+    except RuntimeError as error:
+        if "derivative for" not in str(error) and not isinstance(error, NotImplementedError):
+            raise
+        raise ModelError(f"{NO_GRADIENT}: {error}") from error
     if gradient is None:
         raise ModelError(NO_GRADIENT)
     return gradient
