@@ -23,7 +23,7 @@ from calipers import (
     targeted,
     witness,
 )
-from calipers.attacks.inputs import differentiable, outputs_of
+from calipers.attacks.inputs import input_gradient, outputs_of, traced
 from calipers.errors import DataError, ModelError
 from calipers.seeds import seeds
 
@@ -132,9 +132,35 @@ def test_what_is_no_row_of_outputs_per_example_is_named(y: object, message: str)
 def test_outputs_that_fit_pass_through() -> None:
     y = torch.zeros(3, K)
     assert outputs_of(y, SPEC, 3) is y
-    assert differentiable(y.requires_grad_()) is y
-    with pytest.raises(ModelError, match=r"no gradient.*calipers\.square"):
-        differentiable(y.detach())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: NET(x).detach(),
+        lambda x: torch.from_numpy(NET(x).numpy()),
+        lambda x: NET(x.detach()),  # depends on parameters alone
+        lambda x: NET(torch.from_numpy(x.detach().numpy())),
+        lambda x: NET(torch.heaviside(x - 0.5, x)),
+        lambda x: NET(torch.special.zeta(x + 2, x + 1)),
+    ],
+)
+def test_models_without_a_gradient_are_named_and_the_black_box_offered(
+    model: Callable[[Tensor], Tensor],
+) -> None:
+    point = X.clone().requires_grad_()
+    with pytest.raises(ModelError, match=r"no gradient in the inputs.*calipers\.square"):
+        input_gradient(traced(model, point, SPEC), point, torch.ones(len(X), K))
+
+
+def test_gradients_and_other_errors_pass_through() -> None:
+    point = X.clone().requires_grad_()
+    toward = torch.rand(len(X), K, dtype=X.dtype)
+    gradient = input_gradient(traced(NET, point, SPEC), point, toward)
+    (expected,) = torch.autograd.grad((NET(point) * toward).sum(), point)
+    torch.testing.assert_close(gradient, expected)
+    with pytest.raises(RuntimeError, match="mat1"):
+        traced(lambda x: NET(x[:, 1:]), point, SPEC)
 
 
 # -- labels and targets --------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ FAULTS: dict[str, tuple[Model, set[str]]] = {
     "8-bit": (lambda x: NET((255 * x).round() / 255), ROUNDED),
     "rounded logits": (lambda x: (10 * NET(x)).round() / 10, ROUNDED),
     "not torch": (numpy_model(), {"no gradient", "black box beats gradient"}),
+    "detached inputs": (lambda x: NET(x.detach()), {"no gradient"}),
+    "no derivative": (
+        lambda x: NET(torch.heaviside(x - 0.5, torch.zeros(()))),
+        {"no gradient", "piecewise constant"},
+    ),
     "detached": (lambda x: NET(x).detach(), {"no gradient", "black box beats gradient"}),
     "shattered": (
         lambda x: NET(x + 0.03 * torch.sin(2000 * x)),
@@ -148,6 +153,11 @@ STEPPED = {
 def test_walls_that_stop_steps_are_found(name: str) -> None:
     found = diagnose(*along(STEPPED[name]), checks=[name])
     assert [(f.warning, f.value) for f in found] == [(True, 1.0)]
+
+
+def test_every_check_has_a_fault_that_it_finds() -> None:
+    found = set().union(*(expected for _, expected in FAULTS.values()))
+    assert found | set(STEPPED) | {"not converged"} == set(CHECKS)
 
 
 def test_a_target_that_takes_fine_steps_is_found() -> None:
@@ -222,6 +232,39 @@ def test_masks_boxes_and_domains_of_their_own() -> None:
         alarms = {f.name for f in found if f.warning}
         # 16 pixels need not be enough to break everything, nor a box that is all there is
         assert alarms <= {"unbroken at any radius"}
+
+
+@pytest.mark.parametrize("domain", [(0.0, 1.0), (-INF, INF)])
+def test_the_doubling_ends_whatever_the_radii_and_the_domain(domain: tuple[float, float]) -> None:
+    """Also where nothing is ever broken, features have a radius of 0, or the domain has no end."""
+    name = "unbroken at any radius"
+    some = torch.tensor([0.0, 0.1]).repeat(4)
+    for p, eps in ((INF, some), (INF, 0.05), (2, 0.3), (1, 1.0)):
+        region = ThreatModel(p, eps).around(X)
+        (found,) = diagnose(
+            lambda x: NET(X[:1]).expand(len(x), -1) + 0 * NET(x),
+            region,
+            Spec.label(Y[:1].expand(len(X)), 10),
+            checks=[name],
+            domain=domain,
+        )
+        assert found.value == 1
+        assert ("whole domain" in found.message) == (domain[1] == 1)
+
+
+def test_ctrl_c_ends_it() -> None:
+    """Also in the part of it that the cascade would turn into a result."""
+    calls = 0
+
+    def model(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise KeyboardInterrupt
+        return NET(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, checks=["random beats gradient"])
 
 
 def test_passes_are_those_of_the_model() -> None:

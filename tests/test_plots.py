@@ -74,7 +74,7 @@ def test_curves_and_restarts_are_to_scale() -> None:
     torch.testing.assert_close(drawn[:-1], expected.T.float(), rtol=0, atol=0.06)
     losses = restart_losses(NET, region, SPEC, restarts=5, seeds=seeds(X, 0, "t"))
     circles = parse(plots.spread(losses)).findall(f"{SVG}circle")
-    assert len(circles) == 5 * len(X)
+    assert len(circles) == (5 + 1) * len(X)
     best = [c for c in circles if c.attrib["class"] == "best"]
     assert len({c.attrib["cx"] for c in best}) == len(X)
     assert all(plots.GAP <= float(c.attrib["cy"]) <= plots.HEIGHT - plots.BOTTOM for c in circles)

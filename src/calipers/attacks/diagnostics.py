@@ -21,7 +21,7 @@ from torch import Tensor
 from calipers.attacks.apgd import apgd
 from calipers.attacks.cascade import search, stages_of
 from calipers.attacks.gradient import fgsm, pgd
-from calipers.attacks.inputs import outputs_of
+from calipers.attacks.inputs import input_gradient, outputs_of, traced
 from calipers.attacks.losses import cross_entropy, margin_loss, read
 from calipers.attacks.search import Model, required
 from calipers.attacks.square import square
@@ -37,6 +37,7 @@ DRAWS = 20  # random points per example, half of them corners
 CLOSE = 1e-4  # of the inputs' range: float32 outputs show it, and it rarely crosses a border of 8-bit rounding
 FEATURES = 8  # that are changed so: with all of a large image some would cross one
 STEPS = 20  # of the attack on larger radii
+DOUBLINGS = 30  # of the radius, where the domain has no end
 ALONE = 8  # examples that are evaluated alone
 
 # A threshold says from where on it is no accident. Shares are of the examples.
@@ -80,6 +81,7 @@ class Case:
     spec: Spec
     seeds: Tensor
     x: Tensor
+    outputs: Tensor
     queries: int
     domain: tuple[Number | Tensor, Number | Tensor]
 
@@ -89,11 +91,6 @@ class Case:
     @torch.no_grad()
     def margin(self, points: Tensor) -> Tensor:
         return self.spec.margin_at(self.model(points))
-
-    @cached_property
-    @torch.no_grad()
-    def outputs(self) -> Tensor:
-        return self.model(self.x)
 
     @cached_property
     def scale(self) -> float:
@@ -124,16 +121,10 @@ class Case:
         try:
             with torch.enable_grad():
                 point = self.x.clone().requires_grad_()
-                y = self.model(point)
-                if not y.requires_grad:
-                    return "the outputs do not depend on the inputs for torch"
-                toward = read(margin_loss, y.detach(), self.spec).toward
-                (gradient,) = torch.autograd.grad(y, point, toward, allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what torch raises where an op, or NumPy, has no derivative
-            return str(error).splitlines()[0]
-        return "the outputs do not use the inputs" if gradient is None else gradient
+                y = traced(self.model, point, self.spec)
+                return input_gradient(y, point, read(margin_loss, y.detach(), self.spec).toward)
+        except ModelError as error:
+            return str(error).removeprefix("model: ").splitlines()[0]
 
     @cached_property
     def differentiable(self) -> bool:
@@ -172,6 +163,8 @@ class Case:
         found = search(
             self.model, self.region, self.spec, level=cheap, dtype=self.x.dtype, seeds=self.seeds
         )
+        if found.stopped == "interrupted":  # which `search` turns into a result
+            raise KeyboardInterrupt
         return torch.stack([self.short, self.long, found.margin]).amin(0)
 
 
@@ -196,29 +189,22 @@ def _of(rows: Tensor) -> str:
 
 
 def _not_finite(case: Case) -> Measured:
-    bad = ~torch.isfinite(case.outputs).all(1)
+    rows = ~torch.isfinite(case.outputs).all(1)
     if case.movable:
-        bad |= torch.isnan(case.random).any(0)
-    return _share(
-        bad
-    ), f"outputs are NaN or infinite, at the example or at random points, for {_of(bad)}"
+        rows |= torch.isnan(case.random).any(0)
+    return _share(rows), f"outputs are NaN or infinite at or around {_of(rows)}"
 
 
 def _probabilities(case: Case) -> Measured:
     y = case.outputs.double()
     rows = (y >= 0).all(1) & (y <= 1).all(1) & ((y.sum(1) - 1).abs() <= 1e-3)
-    full = (y.amax(1) >= 1 - 1e-6) & rows
-    return (
-        _share(rows),
-        f"outputs lie in [0, 1] and sum to 1 for {_of(rows)}, {int(full.sum())} of them saturated at 1",
-    )
+    full = int(((y.amax(1) >= 1 - 1e-6) & rows).sum())
+    return _share(rows), f"outputs are in [0, 1] and sum to 1 for {_of(rows)}, with a 1 for {full}"
 
 
 def _random(case: Case) -> Measured:
-    return (
-        case.repeated,
-        f"two passes over the same inputs differ by {case.repeated:.2g} of the largest output",
-    )
+    size = case.repeated
+    return size, f"a second pass over the same inputs differs by {size:.2g} of the largest output"
 
 
 @torch.no_grad()
@@ -251,10 +237,9 @@ def _constant(case: Case) -> Measured:
 
 
 def _no_gradient(case: Case) -> Measured:
-    reason = f": {case.gradient}" if isinstance(case.gradient, str) else ""
-    return float(
-        not case.differentiable
-    ), f"torch {'cannot' if reason else 'can'} differentiate the model{reason}"
+    if isinstance(case.gradient, str):
+        return 1.0, f"torch cannot differentiate the model: {case.gradient}"
+    return 0.0, "torch can differentiate the model"
 
 
 def _zero(case: Case) -> Measured:
@@ -263,7 +248,7 @@ def _zero(case: Case) -> Measured:
     entries = (flat == 0).double().mean().item()
     return _share(
         rows
-    ), f"the input gradient is 0 for {_of(rows)}, and in {entries:.0%} of all features"
+    ), f"the input gradient is 0 for {_of(rows)}, in {entries:.0%} of all features"
 
 
 def _unexplained(case: Case) -> Measured:
@@ -286,7 +271,7 @@ def _saturated(case: Case) -> Measured:
     median = case.clean.median().item()
     message = (
         f"the margin has a median of {median:.3g}; in float32 the gradient of a softmax cross-entropy is lost from "
-        f"16.6 on, which concerns {_of(rows)}"
+        f"{-math.log(LOST):.3g} on, which concerns {_of(rows)}"
     )
     return _share(rows), message
 
@@ -332,37 +317,40 @@ def _black_box(case: Case) -> Measured:
         queries=case.queries, dtype=case.x.dtype, seeds=mixed(case.seeds, DRAWS),
     )  # fmt: skip
     rows = (case.margin(points) <= 0) & ~(case.white <= 0)
-    return _share(
-        rows
-    ), f"{case.queries} queries without gradients break {_of(rows)} that gradient attacks do not"
+    return _share(rows), f"{case.queries} queries break {_of(rows)} that gradient attacks do not"
 
 
 def _everything_allowed(case: Case) -> Measured:
     """The radius is doubled until all is broken or the whole domain is allowed."""
     region = case.region
-    low, high = (enclose(side, "domain").lower.to(case.x.device) for side in case.domain)
-    low, high = torch.minimum(low, region.lower), torch.maximum(high, region.upper)
     mask = region.upper > region.lower
-    low, high = torch.where(mask, low, region.center), torch.where(mask, high, region.center)
-    reach = torch.linalg.vector_norm((high - low).flatten(1), ord=region.p, dim=1)
+    low, high = (enclose(side, "domain").lower.to(case.x.device) for side in case.domain)
+    low = torch.where(mask, torch.minimum(low, region.lower), region.center)
+    high = torch.where(mask, torch.maximum(high, region.upper), region.center)
     left = torch.nonzero(~(case.white <= 0)).flatten()
-    factor = 1.0
-    while len(left):
-        factor *= 2
-        eps = region.eps[left] * factor
-        flat = eps if eps.ndim == 1 else eps.flatten(1).amin(1)
-        last = bool((flat >= reach[left]).all())
-        sides = low[left], high[left]
-        radius, p = (math.inf, math.inf) if last else (eps, region.p)
+    where = "at the radius itself"
+    for doubling in range(1, DOUBLINGS + 1):
+        if not len(left):
+            break
+        eps, sides = region.eps[left] * 2.0**doubling, (low[left], high[left])
+        covered = _covers(eps, region.p, (high - low)[left])
+        radius, p = (math.inf, math.inf) if covered else (eps, region.p)
         wide = Region.ball(region.center[left], radius, p, *sides)
         points = apgd(case.model, wide, case.spec[left], steps=STEPS, dtype=case.x.dtype)
         with torch.no_grad():
             left = left[~(case.spec[left].margin_at(case.model(points)) <= 0)]
-        if last:
+        where = "in the whole domain" if covered else f"at {2**doubling} times the radius"
+        if covered:
             break
-    where = f"at {factor:g} times the radius" if len(left) == 0 else "in the whole domain"
-    rows = torch.zeros(len(case), dtype=torch.bool).index_fill(0, left.cpu(), True)
+    rows = torch.zeros_like(case.clean, dtype=torch.bool).index_fill(0, left, True)
     return _share(rows), f"{where}, gradient attacks leave {_of(rows)} unbroken"
+
+
+def _covers(eps: Tensor, p: float, width: Tensor) -> bool:
+    """Whether balls of these radii (one each, or per feature) hold every box of these widths around their centres."""
+    if eps.ndim > 1:
+        return bool((eps >= width).logical_or(width == 0).all())
+    return bool((eps >= torch.linalg.vector_norm(width.flatten(1), ord=p, dim=1)).all())
 
 
 # -- the table -------------------------------------------------------------------------------------------
@@ -461,6 +449,7 @@ def diagnose(
 
     Raises:
         ModelError: the outputs are not one row of numbers per example, as many as the specification has.
+        RegionError: a region is unbounded.
         ValueError: unknown check, or no example.
 
     Cost: 400 to 1000 passes per example, of which 300 are the black box's and 400 the gradient attacks' that it is
@@ -473,9 +462,10 @@ def diagnose(
         raise unknown_name("check", unknown[0], CHECKS)
     x = region.project(region.center.to(dtype))
     seeds = required(seeds, len(region), random=False)
-    case = Case(counted(model), region, spec, seeds, x, queries, domain)
-    with torch.no_grad():  # what every check asks for first
-        case.__dict__["outputs"] = outputs_of(case.model(x), spec, len(x))
+    forward = counted(model)
+    with torch.no_grad():
+        y = outputs_of(forward(x), spec, len(x))
+    case = Case(forward, region, spec, seeds, x, y, queries, domain)
     found = (_finding(name, CHECKS[name], case) for name in checks)
     return [finding for finding in found if finding is not None]
 

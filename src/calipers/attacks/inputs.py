@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from calipers.errors import ModelError
@@ -27,15 +30,42 @@ def outputs_of(y: object, spec: Spec, count: int) -> Tensor:
     return y
 
 
-def differentiable(y: Tensor) -> Tensor:
-    """``y`` itself, if torch can differentiate it in the inputs.
+NO_GRADIENT = (
+    "model: its outputs have no gradient in the inputs (detached, or computed outside torch); use calipers.square, "
+    "which needs none, or calipers.straight_through around the step that has none"
+)
+
+
+def traced(model: Callable[[Tensor], object], point: Tensor, spec: Spec) -> Tensor:
+    """The model's outputs at ``point``, which requires a gradient, ready to be differentiated.
 
     Raises:
-        ModelError: it cannot; attacks without gradients are named.
+        ModelError: they are not what `outputs_of` asks for, or torch cannot differentiate them; the message names
+            attacks that need no gradient.
     """
-    if y.requires_grad:
-        return y
-    raise ModelError(
-        "model: its outputs have no gradient (detached, computed outside torch, or piecewise constant); use "
-        "calipers.square, which needs none, or calipers.straight_through around the step that has none"
-    )
+    try:
+        y = outputs_of(model(point), spec, len(point))
+    except RuntimeError as error:
+        if "requires grad" not in str(error):  # what NumPy conversions of such a tensor raise
+            raise
+        raise ModelError(NO_GRADIENT) from error
+    if not y.requires_grad:
+        raise ModelError(NO_GRADIENT)
+    return y
+
+
+def input_gradient(y: Tensor, point: Tensor, toward: Tensor) -> Tensor:
+    """The derivative of ⟨toward, y⟩ with respect to ``point``.
+
+    Raises:
+        ModelError: ``y`` depends on parameters alone, or an operator has no derivative.
+    """
+    try:
+        (gradient,) = torch.autograd.grad(y, point, toward, allow_unused=True)
+    except RuntimeError as error:
+        if "derivative for" not in str(error) and not isinstance(error, NotImplementedError):
+            raise
+        raise ModelError(f"{NO_GRADIENT}: {error}") from error
+    if gradient is None:
+        raise ModelError(NO_GRADIENT)
+    return gradient

@@ -18,7 +18,7 @@ from calipers.evaluate.pictures import Array, as_change, as_image, data_uri
 
 TILE, GAP = 96.0, 14.0
 WIDTH, HEIGHT = 480.0, 260.0
-LEFT, BOTTOM = 56.0, 40.0
+LEFT, BOTTOM = 72.0, 40.0
 STYLE = (
     "text{font:12px sans-serif;fill:#333}image{image-rendering:pixelated}.frame{fill:none;stroke:#bbb}"
     ".ink{fill:none;stroke:#333}.each{fill:none;stroke:#005ab5;opacity:.25}.middle{fill:none;stroke:#d55e00;"
@@ -83,11 +83,12 @@ def spread(losses: Tensor, label: str = "final loss") -> str:
     values = values[:, values.max(0).argsort()]
     columns = np.arange(values.shape[1], dtype=float)
     across, up = _scale(columns, LEFT + GAP, WIDTH - 2 * GAP), _scale(values, HEIGHT - BOTTOM, GAP)
+    best = values.max(0)
     out = [
-        f'<circle class="{"best" if value == values[:, i].max() else "dot"}" cx="{across(float(i)):.1f}" '
-        f'cy="{up(float(value)):.1f}" r="2.5"/>'
-        for i in range(values.shape[1])
-        for value in values[:, i]
+        f'<circle class="{kind}" cx="{across(float(i)):.1f}" cy="{up(float(value)):.1f}" r="2.5"/>'
+        for kind, rows in (("dot", values), ("best", best[None]))  # the best on top
+        for row in rows
+        for i, value in enumerate(row)
     ]
     return _framed(out, values, "example", label, f"{len(values)} restarts of each")
 
