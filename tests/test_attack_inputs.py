@@ -252,9 +252,80 @@ def test_inputs_outside_the_domain_are_refused(x: Tensor, message: str) -> None:
         attack(NET, x, Y, THREAT)
 
 
-@pytest.mark.parametrize("name", ["fgsm", "auto", "square"])
-def test_no_examples_give_no_points(name: str) -> None:
-    assert attack(NET, X[:0], Y[:0], THREAT, method=ATTACKS[name]).shape == (0, 10)
+@each_attack
+def test_no_examples_give_no_points(method: Callable[..., Tensor]) -> None:
+    assert attack(NET, X[:0], Y[:0], THREAT, method=method).shape == (0, 10)
+
+
+@each_attack
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: (NET(x), x),
+        lambda x: None,
+        lambda x: NET(x)[:, 0],
+        lambda x: NET(x).unsqueeze(1),
+        lambda x: NET(x).argmax(1),
+    ],
+)
+def test_what_is_no_classifier_is_refused(
+    method: Callable[..., Tensor], model: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(ModelError, match="model: "):
+        method(model, REGION, SPEC, dtype=X.dtype, seeds=SEEDS)
+    with pytest.raises(ModelError, match="model: "):
+        attack(model, X, Y, THREAT, method=method)
+
+
+@each_attack
+@pytest.mark.parametrize("model", [lambda x: NET(x)[:, :-1], lambda x: NET(x)[:-1]])
+def test_outputs_that_do_not_fit_the_specification_are_refused(
+    method: Callable[..., Tensor], model: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(ModelError, match=r"a row of 4 for each example"):
+        method(model, REGION, SPEC, dtype=X.dtype, seeds=SEEDS)
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "apgd", "auto"])
+@pytest.mark.parametrize(
+    "model", [lambda x: NET(x).detach(), lambda x: torch.from_numpy(NET(x).numpy())]
+)
+def test_gradient_attacks_without_gradients_name_the_black_box(
+    name: str, model: Callable[[Tensor], Tensor]
+) -> None:
+    with pytest.raises(ModelError, match=r"calipers\.square"):
+        attack(model, X, Y, THREAT, method=ATTACKS[name])
+
+
+def test_counts_that_differ_are_refused() -> None:
+    for y in (Y[:3], Y.repeat(2)):
+        with pytest.raises(ValueError, match=rf"y: {len(y)} labels for {len(X)} examples"):
+            attack(NET, X, y, THREAT)
+    for target in (Y[:3], Y.double()):
+        with pytest.raises(ValueError, match=r"target: .* is not one clause for each"):
+            apgd(NET, REGION, SPEC, target=target, dtype=X.dtype)
+    with pytest.raises(ValueError, match="12 of 12 targets equal their label"):
+        targeted(NET, REGION, Y, Y, num_classes=K)
+
+
+def test_ctrl_c_keeps_what_the_cascade_found_so_far() -> None:
+    """`attack` returns it; `auto`, which an audit would take for complete, does not."""
+    calls = 0
+
+    def model(x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        y: Tensor = NET(x)
+        return y
+
+    points = attack(model, X, Y, THREAT)
+    assert calls == 5
+    assert THREAT.around(X).contains(points).all()
+    calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        attack(model, X, Y, THREAT, method=auto)
 
 
 # -- interruptions ---------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calipers.attacks import auto
+from calipers.attacks import search
 from calipers.bounds import crown
 from calipers.bracket import require_eval
-from calipers.errors import DataError
+from calipers.errors import DataError, ModelError
 from calipers.graph.graph import Network
 from calipers.seeds import seeds as seeds_of
 from calipers.sets import ThreatModel
@@ -23,12 +23,16 @@ def attack(
     y: Tensor,
     threat: ThreatModel,
     *,
-    method: Callable[..., Tensor] = auto,
+    method: Callable[..., Tensor] | None = None,
     seed: int = 0,
 ) -> Tensor:
     """For every example the point of lowest margin that ``method`` found: (B, *x), in the dtype of ``x``.
 
     All points lie strictly in their sets. Whether one breaks the model is decided by `calipers.witness`.
+
+    Args:
+        method: a fixed-budget attack; None is the cascade at its standard level, which Ctrl-C ends early with the
+            points found so far.
 
     Raises:
         DataError: inputs outside the domain, not finite, or not floating point.
@@ -37,10 +41,17 @@ def attack(
     """
     require_eval(model)
     region = threat.around(x)
+    if len(y) != len(x):
+        raise ValueError(f"y: {len(y)} labels for {len(x)} examples")
     with torch.no_grad():
-        classes = model(x[:1]).shape[-1]
-    spec = Spec.label(y, classes)
+        logits = model(x[:1])
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no tensor"
+        raise ModelError(f"model: outputs have {shape}; a classifier returns (batch, K) logits")
+    spec = Spec.label(y, logits.shape[1])
     seeds = seeds_of(x, seed, "attack")
+    if method is None:
+        return search(model, region, spec, seeds=seeds, dtype=x.dtype).points
     return method(model, region, spec, seeds=seeds, dtype=x.dtype)
 
 

@@ -85,6 +85,10 @@ class Spec:
         _check_labels(t, num_classes, "t")
         if y.shape != t.shape:
             raise ValueError(f"t: {len(t)} targets for {len(y)} labels")
+        if bool((y == t).any()):
+            raise ValueError(
+                f"t: {int((y == t).sum())} of {len(t)} targets equal their label; nothing can tell them apart"
+            )
         eye = torch.eye(num_classes, device=y.device)
         return cls.functional((eye[y.long()] - eye[t.long()]).unsqueeze(1))
 

@@ -58,8 +58,16 @@ def apgd(
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps: {steps} and restarts: {restarts} must be at least 1")
     seeds = required(seeds, len(region), random=random_start or restarts > 1)
-    if target is not None and not bool(((target >= 0) & (target < spec.count)).all()):
-        raise ValueError(f"target: clauses must be in 0..{spec.count - 1}, got {target.tolist()}")
+    if target is not None:
+        if target.shape != (len(region),) or target.is_floating_point():
+            raise ValueError(
+                f"target: {target.dtype} of shape {tuple(target.shape)} is not one clause for each of {len(region)} "
+                "examples"
+            )
+        if not bool(((target >= 0) & (target < spec.count)).all()):
+            raise ValueError(
+                f"target: clauses must be in 0..{spec.count - 1}, got {target.tolist()}"
+            )
     objective = suited(loss, spec, targeted=target is not None)
     center = region.project(region.center.to(dtype))
     best = Record.at(center)
@@ -107,7 +115,7 @@ def start(
     """Searches from ``x`` (R, *x), one per row of ``region`` and ``spec``; the first step is ``step``·eps."""
     rows = len(x)
     never = x.new_full((rows,), -torch.inf)
-    size = x[0].numel()
+    size = x.shape[1:].numel()
     return Climb(
         owner, region, spec, target, x, x, x, never, x, x, never,
         x.new_full((rows,), step or (1.0 if region.p == 1 else 2.0)),

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calipers.attacks.apgd import ascend, start
 from calipers.attacks.crossing import cross
+from calipers.attacks.inputs import outputs_of
 from calipers.attacks.losses import suited
 from calipers.attacks.search import Model, Record, required
 from calipers.errors import unknown_name
@@ -215,8 +216,17 @@ def auto(
     seeds: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The points (B, *x) of `search`, as an attack like any other; ``options`` are `search`'s."""
-    return search(model, region, spec, level=level, dtype=dtype, seeds=seeds, **options).points
+    """For each example the point of lowest margin that a cascade of searches finds: (B, *x).
+
+    `search` without its accounts, as an attack like any other; ``options`` are `search`'s.
+
+    Raises:
+        KeyboardInterrupt: only `search` can say that what it returns is a part.
+    """
+    found = search(model, region, spec, level=level, dtype=dtype, seeds=seeds, **options)
+    if found.stopped == "interrupted":
+        raise KeyboardInterrupt
+    return found.points
 
 
 def stages_of(level: str | Sequence[Stage], p: float) -> Sequence[Stage]:
@@ -256,7 +266,8 @@ def _clean(model: Model, region: Region, spec: Spec, rows: int, dtype: torch.dty
     count = len(points)
     margin = points.new_full((count,), math.inf)
     for part in _parts(torch.arange(count, device=points.device), rows):
-        margin[part] = spec[part].margin_at(model(points[part]))
+        y = outputs_of(model(points[part]), spec, len(part))
+        margin[part] = spec[part].margin_at(y).to(margin)
     nothing = torch.zeros(count, dtype=torch.int64, device=points.device)
     return Found(points, margin, margin.clone(), nothing + 1, nothing)
 

@@ -146,7 +146,7 @@ def _length(region: Region, step_size: float, dtype: torch.dtype) -> float | Ten
     """The step in input units; one number where all examples share it."""
     unit = region.unit
     flat = unit.flatten()
-    if bool((flat == flat[0]).all()):
+    if len(flat) and bool((flat == flat[0]).all()):
         return step_size * float(flat[0])
     return (step_size * unit).to(dtype)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from calipers.attacks.inputs import input_gradient, traced
 from calipers.attacks.losses import Loss, read
 from calipers.spec import Spec
 
@@ -55,10 +56,9 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        logits = model(point)
+        logits = traced(model, point, spec)
     toward, margin, value = read(loss, logits.detach(), spec, target)
-    (gradient,) = torch.autograd.grad(logits, point, toward)
-    return Look(gradient, margin, value)
+    return Look(input_gradient(logits, point, toward), margin, value)
 
 
 def calibrated(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from calipers.attacks.inputs import outputs_of
 from calipers.attacks.losses import Loss, loss_named, margin_loss
 from calipers.attacks.windows import Layout, bumps_of, mix, random_words, unit_of
 from calipers.errors import RegionError
@@ -130,7 +131,7 @@ def _scorer(
     """Of flat points (B, n): the loss, and whether they break the specification. NaN is never better."""
 
     def score(points: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
-        y = model(points.view(-1, *shape))
+        y = outputs_of(model(points.view(-1, *shape)), spec, len(points))
         margin = spec.margin_at(y)
         gain = -margin if objective is margin_loss else objective(spec.values(y), spec)
         broken = margin <= 0
