@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import highspy
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from attack_checks import EPS, INF, K, batch, margins, network
@@ -18,18 +16,20 @@ from calipers.seeds import seeds
 
 def linear_program(weight: list[float], cap: list[float], gain: float, p: float) -> float:
     """The least l1 or linf norm of lengths in [0, cap] with Σ weight·length = gain, by HiGHS."""
-    solver = highspy.Highs()
-    solver.silent()
-    lengths = [solver.addVariable(0.0, c) for c in cap]
-    solver.addConstr(sum(w * v for w, v in zip(weight, lengths, strict=True)) == gain)
-    if p == 1:
-        solver.minimize(sum(lengths))
-    else:
-        top = solver.addVariable(0.0, math.inf)
-        for v in lengths:
-            solver.addConstr(v <= top)
-        solver.minimize(top)
-    return float(solver.getObjectiveValue())
+    n = len(weight)
+    top = p != 1  # one variable more: the largest length
+    cost = [0.0] * n + [1.0] if top else [1.0] * n
+    rows = [[float(i == j) for j in range(n)] + [-1.0] for i in range(n)] if top else None
+    result = linprog(
+        cost,
+        A_ub=rows,
+        b_ub=[0.0] * n if top else None,
+        A_eq=[weight + [0.0] * top],
+        b_eq=[gain],
+        bounds=[(0.0, c) for c in cap] + [(0.0, None)] * top,
+        method="highs",
+    )
+    return float(result.fun)
 
 
 def bisected(weight: Tensor, cap: Tensor, gain: float) -> float:
