@@ -86,6 +86,38 @@ def test_passes_are_those_of_the_model(p: float) -> None:
     assert int(found.passes.max()) <= 1 + 2 * 4 + 1 + 2 * 5 * 2 + 2 * 6 * 3
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("p", NORMS)
+def test_passes_of_every_kind_of_search_are_counted(
+    p: float, precision: torch.dtype | None
+) -> None:
+    table = (Stage(4), Stage(30, "cross", targets=2), Stage(40, "square"))
+    model = Counting(problem()[0])
+    found = run(p, model=model, level=table, precision=precision)
+    queries = len(
+        found.passes
+    )  # those of Square are shared among a chunk's examples, and rounded up
+    assert model.passes <= int(found.passes.sum()) <= model.passes + queries
+
+
+def test_the_black_box_sees_what_has_no_gradient() -> None:
+    """Rounded inputs: the gradient is 0 everywhere."""
+    net, x, y, threat = problem(scale=2.0)
+
+    def rounded(z: Tensor) -> Tensor:
+        steps: Tensor = net(torch.round(8 * z) / 8 + 0 * z)
+        return steps
+
+    with torch.no_grad():
+        y = rounded(x).argmax(1)
+    region, spec, s = threat.around(x), Spec.label(y, K), seeds(x, 0, "t")
+    blind = search(rounded, region, spec, level=(Stage(10),), dtype=x.dtype, seeds=s)
+    seen = search(
+        rounded, region, spec, level=(Stage(10), Stage(500, "square")), dtype=x.dtype, seeds=s
+    )
+    assert seen.broken.sum() > blind.broken.sum() + 5
+
+
 def test_broken_and_certified_examples_cost_nothing_more() -> None:
     net, x, _, threat = problem()
     with torch.no_grad():

@@ -23,6 +23,7 @@ from calipers.attacks.crossing import cross
 from calipers.attacks.inputs import outputs_of
 from calipers.attacks.losses import suited
 from calipers.attacks.search import Model, Record, required
+from calipers.attacks.square import square
 from calipers.errors import unknown_name
 from calipers.seeds import mixed
 from calipers.sets import Region
@@ -36,8 +37,9 @@ class Stage:
     """Searches from several starts or towards several targets.
 
     Args:
-        steps: of each search.
-        search: "ascend" (APGD) or "cross" (over the boundary and back: `calipers.attacks.crossing`).
+        steps: of each search; queries for "square".
+        search: "ascend" (APGD), "cross" (over the boundary and back: `calipers.attacks.crossing`) or "square" (one
+            search for each example by `calipers.square`, without gradients).
         targets: how many clauses get a search of their own, the most promising first; 0: one for all clauses.
         starts: searches per target, or for all clauses.
         start: where the first of them begins: "center", "best" (the best point so far), "random" or "corner"; the
@@ -87,18 +89,21 @@ LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {
             Stage(100, targets=9),
             Stage(25, starts=40, start="corner", step=1.0),
             Stage(50, targets=3, starts=10, start="random"),
+            Stage(5000, "square"),
         ),
         2.0: (
             *_L2,
             Stage(100, targets=9),
             Stage(300, "cross", targets=9),
             Stage(50, starts=30, start="random"),
+            Stage(5000, "square"),
         ),
         1.0: (
             *_L1,
             Stage(100, targets=9),
             Stage(300, "cross", targets=9),
             Stage(100, targets=3, starts=5, start="random"),
+            Stage(5000, "square"),
         ),
     },
 }
@@ -277,15 +282,57 @@ def _run(
     stage: Stage, found: Found, part: Tensor, seeds: Tensor,
 ) -> None:  # fmt: skip
     """One stage for the examples ``part``; ``found`` changes only once it is done."""
-    count, each = len(part), searches(stage, spec)
-    looks = torch.zeros(count, dtype=torch.int64, device=part.device)
-    record = Record(found.points[part], found.margin[part], shared=False, looks=looks)
-    extra = 0
+    count = len(part)
+    looks, queries = torch.zeros(2, count, dtype=torch.int64, device=part.device)
+    record = Record(
+        found.points[part], found.margin[part], shared=False, looks=looks, queries=queries
+    )
+    if stage.search == "square":
+        queries += _square(model, region, spec, stage, record, seeds)
+    else:
+        _searches(model, fast, region, spec, stage, record, seeds)
+    found.points[part], found.margin[part] = record.points, record.margin
+    found.passes[part] += 2 * looks + queries
+    found.stage[part] += 1
+
+
+def _square(
+    model: Model, region: Region, spec: Spec, stage: Stage, record: Record, seeds: Tensor
+) -> int:
+    """Square for every example; returns the passes of each, shared equally and rounded up."""
+    spent = 0
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal spent
+        spent += len(x)
+        return model(x)
+
+    dtype = record.points.dtype
+    points = square(forward, region, spec, queries=stage.steps, dtype=dtype, seeds=seeds)
+    with torch.no_grad():
+        margin = spec.margin_at(forward(points))
+    record.looks = None  # its passes are counted here
+    record.update(None, points, margin, first=True)
+    return -(-spent // len(region))
+
+
+def _searches(
+    model: Model,
+    fast: Model,
+    region: Region,
+    spec: Spec,
+    stage: Stage,
+    record: Record,
+    seeds: Tensor,
+) -> None:
+    """All searches of a stage side by side."""
+    count, each = len(region), searches(stage, spec)
+    everyone = torch.arange(count, device=record.points.device)
     target = None
     if stage.targets and spec.count > 1:
-        extra += 1
+        record.query(everyone)
         target = _promising(model, spec, record.points, stage)
-    owner = torch.arange(count, device=part.device).repeat_interleave(each)
+    owner = everyone.repeat_interleave(each)
     number = torch.arange(count * each) % each
     near, own = region[owner], spec[owner]
     x = _starts(near, record.points[owner], stage, mixed(seeds[owner.cpu()], number), number)
@@ -298,12 +345,9 @@ def _run(
         rows = start(near, own, x, target, owner, step=stage.step)
         ascend(fast, rows, loss, record, steps=stage.steps)
     if fast is not model:
-        extra += 1
+        record.query(everyone)
         with torch.no_grad():
             record.margin = spec.margin_at(model(record.points))
-    found.points[part], found.margin[part] = record.points, record.margin
-    found.passes[part] += 2 * looks + extra
-    found.stage[part] += 1
 
 
 @torch.no_grad()

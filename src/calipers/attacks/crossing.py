@@ -130,6 +130,7 @@ def _offer(
     index = torch.nonzero(inside).flatten()
     if len(index):
         point = point.index_copy(0, index, rows.region[index].project(point[index]))
+        record.query(index if rows.owner is None else rows.owner[index])
         with torch.no_grad():
             members[index] = rows.spec[index].margin_at(model(point[index]))
     record.update(rows.owner, point, members, first=True)

@@ -98,6 +98,7 @@ class Record:
     margin: Tensor
     shared: bool = True  # with the search that handed the points over, so not to be written to
     looks: Tensor | None = None  # (B,) counts the looks at each example, if given
+    queries: Tensor | None = None  # (B,) counts single forward passes
     judge: Callable[[Tensor, Tensor], Tensor] | None = (
         None  # (examples, points) -> margins to believe
     )
@@ -144,9 +145,18 @@ class Record:
         doubtful = torch.nonzero(margin <= 0).flatten()
         if not len(doubtful) or self.judge is None:
             return margin
+        examples = doubtful if owner is None else owner[doubtful]
+        self.query(examples)
         with torch.no_grad():
-            believed = self.judge(doubtful if owner is None else owner[doubtful], points[doubtful])
+            believed = self.judge(examples, points[doubtful])
         return margin.index_copy(0, doubtful, believed)
+
+    def query(self, examples: Tensor) -> None:
+        """Count one forward pass for each of ``examples``."""
+        if self.queries is not None:
+            self.queries.index_add_(
+                0, examples, torch.ones_like(examples, dtype=self.queries.dtype)
+            )
 
     def alive(self) -> Tensor:
         """The examples that are not broken."""
