@@ -344,12 +344,15 @@ def _plan(
     return steps, f"calipers.attacks.cascade.search(level={shown}{limit})"
 
 
+KINDS = {"ascend": "steps", "cross": "steps across", "square": "queries of Square"}
+
+
 def title(stage: Stage) -> str:
     """A stage of the cascade in a few words."""
-    parts = [f"{stage.targets} targets" if stage.targets else ""]
+    parts = [f"{stage.targets} target{'s' * (stage.targets > 1)}" if stage.targets else ""]
     if stage.starts > 1 or stage.start != "center":
         parts.append(f"{stage.starts} {stage.start} start{'s' if stage.starts > 1 else ''}")
-    text = " x ".join([*filter(None, parts), f"{stage.steps} steps"])
+    text = " x ".join([*filter(None, parts), f"{stage.steps} {KINDS[stage.search]}"])
     return f"{text}, if close" if stage.close < math.inf else text
 
 
