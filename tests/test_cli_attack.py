@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import calipers as cp
+from calipers.attacks.diagnostics import CHECKS
 from calipers.cli import main
 from calipers.evaluate import load_witnesses
 from calipers.models import load_model
@@ -409,3 +410,12 @@ def test_bad_input_is_one_paragraph(run, saved, tmp_path, monkeypatch, arguments
     assert err.count("\n") == 1
     assert out == ""
     assert {p for p in tmp_path.iterdir() if p.name != "__pycache__"} == before
+
+
+def test_diagnose_adds_a_line_for_each_check(run):
+    code, out, err = run(
+        "attack", "digits_pgd", "--eps", "0.1", "--samples", "30", "--level", "quick", "--diagnose"
+    )
+    assert code == 0, err
+    for check in CHECKS:
+        assert f"ok       {check}" in out

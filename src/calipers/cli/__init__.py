@@ -189,6 +189,12 @@ def attack(
             help="Spend nothing on robust examples: an audit's JSON, or bools in an .npy file.",
         ),
     ] = None,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            help="Also check, on at most 60 examples, whether the attack's failures should be believed."
+        ),
+    ] = False,
     save: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep all witnesses, a picture and texts in this folder."),
@@ -211,6 +217,7 @@ def attack(
         seconds=seconds,
         passes=passes,
         certified=certified,
+        diagnose=diagnose,
         save=save,
         json_file=json,
         seed=seed,
