@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,3 +28,21 @@ def _seeds() -> Iterator[None]:
     yield
     assert torch.get_default_dtype() == torch.float32
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line in this process: (exit code, stdout, stderr)."""
+
+    from calipers.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["calipers", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        return (code, *capsys.readouterr())
+
+    return call

@@ -10,28 +10,11 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from calipers.cli import main
 from calipers.cli.commands import seconds_of, shape_of
 from calipers.errors import ModelError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CALIPERS = [sys.executable, "-c", "from calipers.cli import main; main()"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["calipers", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def test_version_and_help_are_quick():

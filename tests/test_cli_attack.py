@@ -12,27 +12,10 @@ import torch
 
 import calipers as cp
 from calipers.attacks.diagnostics import CHECKS
-from calipers.cli import main
 from calipers.evaluate import load_witnesses
 from calipers.models import load_model
 
 CALIPERS = [sys.executable, "-c", "from calipers.cli import main; main()"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command line in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["calipers", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")

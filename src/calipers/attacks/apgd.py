@@ -72,9 +72,7 @@ def apgd(
     center = region.project(region.center.to(dtype))
     best = Record.at(center)
     for restart in range(restarts):
-        x = center
-        if random_start or restart:
-            x = region.sample(seeds + restart, dtype)
+        x = region.sample(seeds + restart, dtype) if random_start or restart else center
         rows = start(region, spec, x, target)
         if drop and restart:
             rows.keep(best.alive())

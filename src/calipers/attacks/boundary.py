@@ -6,18 +6,17 @@ What they guarantee is in `calipers.attacks.minimum_norm`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from calipers.attacks.losses import margin_loss, output_gradient
 from calipers.attacks.minimum_norm import CLEARANCE, Nearest, breaks
+from calipers.attacks.search import Model
 from calipers.searches import level_l2, norm
 from calipers.sets import Number
 from calipers.spec import Spec
 
-Model = Callable[[Tensor], Tensor]
 STEP_SIZES = {
     0: 0.5,
     1: 1.0,

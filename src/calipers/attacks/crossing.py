@@ -57,28 +57,6 @@ def cross(
 
     For linf the region is its own box, so that there is no outside: searches stay within.
     """
-    tail = steps // 5
-    rows = _walk(model, region, spec, x, target, owner, objective, record, steps=steps - tail)
-    if rows is None or not tail:
-        return
-    inside = rows.region.project(rows.best.view(-1, *x.shape[1:]))
-    last = start(rows.region, rows.spec, inside, rows.target, rows.owner, step=0.5)
-    climb(model, last, objective, record, steps=tail, drop=True)
-
-
-def _walk(
-    model: Model,
-    region: Region,
-    spec: Spec,
-    x: Tensor,
-    target: Tensor | None,
-    owner: Tensor | None,
-    objective: Loss,
-    record: Record,
-    *,
-    steps: int,
-) -> Crossing | None:
-    """The walk itself; the rows whose examples are not broken, or None if there are none."""
     flat = x.flatten(1)
     far = flat.new_full((len(x),), torch.inf)
     low, high = (side.flatten(1) for side in region.inner(x.dtype))
@@ -86,8 +64,17 @@ def _walk(
     rows = Crossing(
         owner, region, spec, target, center, low, high, region.eps.to(x.dtype), flat, flat, far
     )
-    shape = x.shape[1:]
-    p = region.p
+    tail = steps // 5
+    if not _walk(model, rows, objective, record, steps=steps - tail) or not tail:
+        return
+    inside = rows.region.project(rows.best.view(-1, *x.shape[1:]))
+    last = start(rows.region, rows.spec, inside, rows.target, rows.owner, step=0.5)
+    climb(model, last, objective, record, steps=tail, drop=True)
+
+
+def _walk(model: Model, rows: Crossing, objective: Loss, record: Record, *, steps: int) -> bool:
+    """The walk itself; whether rows are left whose examples are not broken."""
+    shape, p = rows.region.center.shape[1:], rows.region.p
     for _ in range(steps):
         point = rows.x.view(-1, *shape)
         gradient, margin, loss = look(model, objective, rows.spec, point, rows.target)
@@ -111,8 +98,8 @@ def _walk(
         back = rows.origin + BACK * offset
         rows.x = torch.where(broken.unsqueeze(1), back, step)
         if not rows.shrink(record, margin):
-            return None
-    return rows
+            return False
+    return True
 
 
 def _onto(rows: Crossing, x: Tensor, g: Tensor, gap: Tensor, p: float) -> Tensor:

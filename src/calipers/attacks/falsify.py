@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.gradient import pgd
-from calipers.attacks.losses import shortfall
+from calipers.attacks.losses import lacks, shortfall
 from calipers.attacks.search import Model, look
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -105,9 +105,7 @@ def _best(
 ) -> tuple[Tensor, Tensor]:
     """The samples nearest to breaking each clause, and those clauses."""
     own = spec[rows]
-    values = own.values(model(points)).clamp_min(0.0)
-    zero = values.new_zeros(len(values), spec.count)
-    lacking = zero.scatter_add(1, spec.clause.expand_as(values), values)
+    lacking = lacks(own.values(model(points)), spec)
     each = min(max(2, few // spec.count), len(points))
     top = lacking.topk(each, dim=0, largest=False).indices.T.flatten()
     return top, torch.arange(spec.count, device=points.device).repeat_interleave(each)

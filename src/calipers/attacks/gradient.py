@@ -84,13 +84,12 @@ def pgd(
         raise unknown_name("direction", direction, ("steepest", "gradient"))
     seeds = required(seeds, len(region), random=random_start or restarts > 1)
     objective = suited(loss, spec)
-    best = Record.at(region.project(region.center.to(dtype)))
+    center = region.project(region.center.to(dtype))
+    best = Record.at(center)
     plain = direction == "gradient"
     length = step_size if plain else _length(region, step_size, dtype)
     for restart in range(restarts):
-        x = best.points if not restart else region.project(region.center.to(dtype))
-        if random_start or restart:
-            x = region.sample(seeds + restart, dtype)
+        x = region.sample(seeds + restart, dtype) if random_start or restart else center
         rows = _Rows(None, region, spec, x, length)
         if drop and restart:
             alive = best.alive()

@@ -44,10 +44,14 @@ def shortfall(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tenso
     A conjunction of many functionals moves along all that are missing, not only the worst. Never positive: 0 where
     the clause is broken.
     """
-    positive = values.clamp_min(0.0)
-    zero = values.new_zeros((*values.shape[:-1], spec.count))
-    lacking = zero.scatter_add(-1, spec.clause.expand_as(values), positive)
+    lacking = lacks(values, spec)
     return -(lacking.amin(-1) if target is None else _at(lacking, target))
+
+
+def lacks(values: Tensor, spec: Spec) -> Tensor:
+    """What each clause lacks of being broken, the sum of its positive values: (..., M) to (..., clauses)."""
+    zero = values.new_zeros((*values.shape[:-1], spec.count))
+    return zero.scatter_add(-1, spec.clause.expand_as(values), values.clamp_min(0.0))
 
 
 def dlr(values: Tensor, spec: Spec, target: Tensor | None = None) -> Tensor:

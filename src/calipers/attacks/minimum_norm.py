@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.gradient import pgd
+from calipers.attacks.search import Model
 from calipers.searches import level_l2, shrink_l1
 from calipers.searches import norm as row_norm
 from calipers.sets import Number, Region, ThreatModel
 from calipers.spec import Spec
 
-Model = Callable[[Tensor], Tensor]
 MinimumNorm = Callable[..., Tensor]
 PGD = partial(pgd, loss="margin", drop=True)
 # roundings of the outputs by which points near the boundary are to break the specification

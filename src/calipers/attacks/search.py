@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,14 +172,6 @@ def _lowest(rows: Tensor, owner: Tensor, margin: Tensor, known: Tensor) -> Tenso
     fresh = torch.ones_like(owners, dtype=torch.bool)
     fresh[1:] = owners[1:] != owners[:-1]
     return rows[fresh]
-
-
-class _Indexed(Protocol):
-    def __getitem__(self, index: Tensor, /) -> Self: ...
-    def __len__(self) -> int: ...
-
-
-T = TypeVar("T", bound="Rows")
 
 
 @dataclass

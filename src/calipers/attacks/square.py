@@ -16,12 +16,12 @@ from torch import Tensor
 
 from calipers.attacks.inputs import outputs_of
 from calipers.attacks.losses import Loss, loss_named, margin_loss
+from calipers.attacks.search import Model
 from calipers.attacks.windows import Layout, bumps_of, mix, random_words, unit_of
 from calipers.errors import RegionError
 from calipers.sets import Region
 from calipers.spec import Spec
 
-Model = Callable[[Tensor], Tensor]
 Write = tuple[Tensor, Tensor]  # where (B, k) and what (B, k)
 Proposal = tuple[
     Tensor, list[Write], Tensor

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calipers.bounds.interval import magnitude
 from calipers.bounds.ladder import preactivations
 from calipers.bounds.state import absolute, describe, require_ieee
 from calipers.errors import UnsupportedOp
@@ -158,10 +159,6 @@ def _put(args: Sequence[Any], node: Node, make: Callable[[str, Any], Any]) -> li
     return [visit(s, v) for s, v in zip(node.args, args, strict=True)]
 
 
-def _magnitude(box: Interval) -> Tensor:
-    return torch.maximum(box.lower.abs(), box.upper.abs())
-
-
 def _affine(
     kind: Affine,
     node: Node,
@@ -180,9 +177,7 @@ def _affine(
         slack = _put(
             args,
             node,
-            lambda n, v: (
-                errors[n] + rate * (_magnitude(boxes[n]) + errors[n]) if n in errors else v
-            ),
+            lambda n, v: errors[n] + rate * (magnitude(boxes[n]) + errors[n]) if n in errors else v,
         )
         error: Tensor = kind.magnitude(rate, *slack, **kwargs)
         return error + flushed
@@ -194,9 +189,7 @@ def _affine(
     # the constant term may be a number that the dtype rounds (a padding of 0.1)
     error = moved - zero + (unit(dtype) + 2.0**-50) * zero.abs()
     if rate:
-        sizes = _put(
-            args, node, lambda n, v: _magnitude(boxes[n]) + errors[n] if n in errors else v
-        )
+        sizes = _put(args, node, lambda n, v: magnitude(boxes[n]) + errors[n] if n in errors else v)
         error = error + rate * node.op(*absolute(sizes), **kwargs) + flushed
     return error
 
@@ -215,7 +208,7 @@ def _activation(
     image = kind.image(Interval(box.lower - error, box.upper + error), *args[1:], **kwargs)
     steepest = _lipschitz(kind, node, args, kwargs)
     carried = torch.minimum(steepest * error, image.upper - image.lower)
-    return carried + kind.ulps * 2 * unit(dtype) * _magnitude(image)
+    return carried + kind.ulps * 2 * unit(dtype) * magnitude(image)
 
 
 def _lipschitz(
@@ -242,8 +235,8 @@ def _bilinear(
 ) -> Tensor:
     first, second = node.operands
     x, y, ex, ey = (
-        _magnitude(boxes[first]),
-        _magnitude(boxes[second]),
+        magnitude(boxes[first]),
+        magnitude(boxes[second]),
         errors[first],
         errors[second],
     )

@@ -96,7 +96,7 @@ def _affine(
         high = op(*_with(state, step, [x.upper for x in boxes]), **kwargs)
         if not gamma:
             return Interval(low, high)
-        size = op(*absolute(_with(state, step, map(_magnitude, boxes))), **kwargs) * gamma
+        size = op(*absolute(_with(state, step, map(magnitude, boxes))), **kwargs) * gamma
         return Interval(low - size, high + size)
     # a refined operand is no longer centred on its reference, and is narrower around its own centre
     center = reference if centred else op(*_with(state, step, map(_center, boxes)), **kwargs)
@@ -110,7 +110,7 @@ def _center(x: Interval) -> Tensor:
     return torch.add(x.lower, x.upper - x.lower, alpha=0.5)
 
 
-def _magnitude(x: Interval) -> Tensor:
+def magnitude(x: Interval) -> Tensor:
     return torch.maximum(x.lower.abs(), x.upper.abs())
 
 
@@ -119,7 +119,7 @@ def _width(state: State, name: str, gamma: float) -> Tensor:
     box, width = state.boxes[name], state.widths.get(name)
     if width is None:
         width = box.upper - box.lower
-    return width + 2 * gamma * _magnitude(box) if gamma else width
+    return width + 2 * gamma * magnitude(box) if gamma else width
 
 
 def _activation(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
