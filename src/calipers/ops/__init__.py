@@ -23,6 +23,7 @@ from calipers.ops.kinds import Bilinear as Bilinear
 from calipers.ops.kinds import Extremum as Extremum
 from calipers.ops.kinds import Kind as Kind
 from calipers.ops.kinds import Lines as Lines
+from calipers.ops.kinds import Tuned as Tuned
 
 OPS: dict[Callable[..., Any], Kind] = {
     **AFFINE,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calipers.ops.kinds import Activation, Lines, Pieces
+from calipers.ops.kinds import Activation, Lines, Pieces, Tuned
 from calipers.sets import Interval
 
 
@@ -49,6 +49,32 @@ def _kink(x: Interval, left: float, right: float) -> Lines:
     if right >= left:  # convex
         return Lines(tangent_slope, zero, chord_slope, chord_offset)
     return Lines(chord_slope, chord_offset, tangent_slope, zero)
+
+
+def _kink_tuned(left: float, right: float) -> Tuned:
+    """The line through the origin may have any slope between the two sides' (left at 0, right at 1)."""
+
+    def lines(x: Interval, lower: Tensor, upper: Tensor) -> Lines:
+        known = _kink(x, left, right)
+        crossing = (x.lower < 0) & (x.upper > 0)
+        if right >= left:
+            slope = torch.where(crossing, left + (right - left) * lower, known.lower_slope)
+            return known._replace(lower_slope=slope)
+        slope = torch.where(crossing, left + (right - left) * upper, known.upper_slope)
+        return known._replace(upper_slope=slope)
+
+    def start(x: Interval) -> tuple[Tensor, Tensor]:
+        choice = (x.upper > -x.lower).to(x.lower.dtype)
+        return choice, choice
+
+    return Tuned(lines, start)
+
+
+def _leaky_tuned() -> Tuned:
+    def lines(x: Interval, lower: Tensor, upper: Tensor, slope: float = 0.01) -> Lines:
+        return _kink_tuned(slope, 1.0).lines(x, lower, upper)
+
+    return Tuned(lines, lambda x, *_: _kink_tuned(0.0, 1.0).start(x))
 
 
 def _one_sided(x: Interval, *_: Any) -> Tensor:
@@ -221,6 +247,7 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
         _relu_relax,
         _one_sided,
         lambda: Pieces((0.0,), (0.0, 1.0), 0.0),
+        tuned=_kink_tuned(0.0, 1.0),
     ),
     F.leaky_relu: Activation(
         _leaky_image,
@@ -228,12 +255,14 @@ ACTIVATIONS: dict[Callable[..., Any], Activation] = {
         _one_sided,
         lambda slope=0.01: Pieces((0.0,), (slope, 1.0), 0.0),
         ulps=1.0,
+        tuned=_leaky_tuned(),
     ),
     torch.abs: Activation(
         _abs_image,
         lambda x: _kink(x, -1.0, 1.0),
         _one_sided,
         lambda: Pieces((0.0,), (-1.0, 1.0), 0.0),
+        tuned=_kink_tuned(-1.0, 1.0),
     ),
     torch.clamp: Activation(
         _monotone(torch.clamp),

@@ -65,6 +65,20 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """A family of sound lines: two numbers in [0, 1] for every neuron choose the lower and the upper one.
+
+    Args:
+        lines: ``(interval, lower, upper, *args) -> Lines``, sound for any choice, equal to f where it is linear on the
+            interval; ``lower`` and ``upper`` may have more leading dimensions than the interval.
+        start: ``(interval, *args) -> (lower, upper)``: the choice at which to start optimising.
+    """
+
+    lines: Callable[..., Lines]
+    start: Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Activation:
     """An elementwise function of one perturbed argument; further arguments are numbers.
 
@@ -75,6 +89,7 @@ class Activation:
             would not help.
         pieces: ``(*args) -> Pieces`` for a piecewise-linear f.
         ulps: rounding error of the op itself, in units in the last place; 0 where it is exact.
+        tuned: lines that can be optimised; None: ``relax`` is all there is.
     """
 
     image: Callable[..., Interval]
@@ -82,6 +97,7 @@ class Activation:
     linear: Callable[..., Tensor]
     pieces: Callable[..., Pieces] | None = None
     ulps: float = 0.0
+    tuned: Tuned | None = None
 
 
 @dataclass(frozen=True)
