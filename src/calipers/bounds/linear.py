@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.bounds import patches
-from calipers.bounds.patches import Patch
-from calipers.bounds.state import PIECE, State, absolute, at, flat, joined
+from calipers.bounds.patches import Parts, Patch, Rows
+from calipers.bounds.planes import bilinear, extremum
+from calipers.bounds.state import State, absolute, at, dot, flat
 from calipers.graph.graph import Node
 from calipers.ops import Step
 from calipers.ops.affine import AFFINE
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
 
-Rows = Tensor | Patch  # (S, B, *shape), or windows of it
-Parts = dict[int, Rows]  # operand number -> rows
 MANY = 64  # rows of one example from which on picking the columns that count pays
 
 
@@ -192,7 +191,7 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
             A = patches.dense(A, state.shape(name))
         if size is None:
             return _over_region(state, name, A)
-        low = -_dot(A, size, size=True)
+        low = -dot(A, size, size=True)
         count = math.prod(A.shape[2:])
     return low * (1 + state.gamma(count + 4)) if state.rigorous else low
 
@@ -202,11 +201,11 @@ def _over_region(state: State, name: str, A: Tensor) -> Tensor:
     symmetric = math.isinf(state.region.p)
     low = -state.region.reach(A if symmetric else -A, state.frame)
     if not symmetric:
-        low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
+        low = low + dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
     if not state.rigorous:
         return low
     size = state.once("deviation", name, _deviation)
-    return low - state.gamma(math.prod(A.shape[2:]) + 4) * _dot(A, size, size=True)
+    return low - state.gamma(math.prod(A.shape[2:]) + 4) * dot(A, size, size=True)
 
 
 def _deviation(state: State, name: str) -> Tensor:
@@ -226,20 +225,6 @@ def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
 
 def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
     return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
-
-
-def _dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
-    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
-    rows, vector = flat(A, 2), flat(v)
-    single = vector.shape[0] == 1
-    if single or A.device.type != "cpu":
-        rows = (rows.abs() if size else rows).transpose(0, 1)
-        product = torch.bmm(rows, vector.unsqueeze(-1))
-        return product.squeeze(0) if single else product.squeeze(-1).T
-    # many products with one column each are slow on a CPU; these passes stay in the cache
-    step = max(1, PIECE // (vector.numel() * vector.itemsize))
-    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
-    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
 
 
 # -- affine -------------------------------------------------------------------------------------------------
@@ -263,7 +248,7 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
             return parts, bias
         A = patches.dense(A, node.shape)
     if noise is not None:
-        bias = -_dot(A, noise, size=True)
+        bias = -dot(A, noise, size=True)
     stacked = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
@@ -364,7 +349,7 @@ def _activation(
     else:
         mid, bend, offset, gap = _lines(state, kind, node.name)
         data, size = A, A.abs()
-        straight, loss = _dot(A, offset), _dot(size, gap)
+        straight, loss = dot(A, offset), dot(size, gap)
     along = data * mid
     if not split:
         rows = along.addcmul_(size, bend, value=-0.5)
@@ -427,109 +412,8 @@ def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
     return state.once("lines", name, lambda s, _: _relaxed(s, kind, node))
 
 
-# -- products and maxima -----------------------------------------------------------------------------------------
-
-
-def _bilinear(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
-    """McCormick: of the two planes on each side, the one that is clearly tighter at the reference.
-
-    At the middle of the box they tie, and rounding must not decide.
-    """
-    node = step.node
-    (x, y), _ = state.arguments(node)
-    out = state.env[node.name]
-    xl, xu = state.boxes[node.operands[0]]
-    yl, yu = state.boxes[node.operands[1]]
-
-    def plane(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a·x + b·y − a·b, as slopes and the value at the reference less the output."""
-        return a, b, a * x + b * y - a * b - out
-
-    low, low2 = plane(yl, xl), plane(yu, xu)
-    high, high2 = plane(yu, xl), plane(yl, xu)
-    clearly = (xu - xl) * (yu - yl) / 64
-    better, lower = low2[2] > low[2] + clearly, high2[2] < high[2] - clearly
-    low = tuple(torch.where(better, q, p) for p, q in zip(low, low2, strict=True))  # type: ignore[assignment]
-    high = tuple(torch.where(lower, q, p) for p, q in zip(high, high2, strict=True))  # type: ignore[assignment]
-    plus, minus = A.clamp_min(0), A.clamp_max(0)
-    bias = _dot(plus, low[2]) + _dot(minus, high[2])
-    gamma = state.gamma(out[0].numel() + 16)
-    if gamma:
-        xm, ym = torch.maximum(xl.abs(), xu.abs()), torch.maximum(yl.abs(), yu.abs())
-        bias = bias - _dot(A, gamma * 4 * (xm * ym + out.abs()), size=True)
-    parts: Parts = {}
-    for i, slope in enumerate((0, 1)):
-        rows = plus * low[slope] + minus * high[slope]
-        shape = state.shape(node.operands[i])
-        wide = [d + 2 for d, n in enumerate(shape) if n == 1 and rows.shape[d + 2] != 1]
-        parts[i] = rows.sum(wide, keepdim=True) if wide else rows
-    return parts, bias
-
-
-class _Windows(NamedTuple):
-    """For each window: where its best lower end lies, and an upper line slope·x_j + offset."""
-
-    low_at: Tensor
-    low_gap: Tensor
-    high_at: Tensor
-    high_slope: Tensor
-    high_gap: Tensor
-
-
-def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
-    args, kwargs = state.arguments(node)
-    z, out = flat(args[0]), flat(state.env[node.name])
-    box = state.boxes[node.operands[0]]
-    index = kind.windows(tuple(args[0].shape[1:]), *args[1:], **kwargs).to(z.device)
-    index = index.reshape(-1, index.shape[-1])
-    where = index.clamp_min(0)
-    low = torch.where(index >= 0, flat(box.lower)[:, where], -math.inf)
-    high = torch.where(index >= 0, flat(box.upper)[:, where], -math.inf)
-    places = where.expand(len(z), -1, -1)
-
-    def position(pick: Tensor) -> Tensor:
-        return places.gather(2, pick.unsqueeze(2)).squeeze(2)
-
-    best = low.argmax(2)
-    top, pick = high.max(2)
-    rest = (
-        high.scatter(2, pick.unsqueeze(2), -math.inf).amax(2)
-        if high.shape[2] > 1
-        else torch.full_like(top, -math.inf)
-    )
-    bottom = low.gather(2, pick.unsqueeze(2)).squeeze(2)
-    # max(x_j, rest) lies under its chord on [l_j, u_j]; where rest <= l_j it is x_j itself
-    crossing = rest > bottom
-    slope = torch.where(crossing, (top - rest) / torch.where(crossing, top - bottom, 1.0), 1.0)
-    offset = torch.where(crossing, rest - slope * bottom, 0.0)
-    low_at, high_at = position(best), position(pick)
-    low_gap = z.gather(1, low_at) - out
-    high_gap = slope * z.gather(1, high_at) + offset - out
-    gamma = state.gamma(out.shape[1] + 16)
-    if gamma:
-        slack = gamma * (
-            top.abs() + bottom.abs() + torch.where(crossing, rest.abs(), 0.0) + out.abs()
-        )
-        low_gap, high_gap = low_gap - slack, high_gap + slack
-    return _Windows(low_at, low_gap, high_at, slope, high_gap)
-
-
-def _extremum(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
-    node = step.node
-    kind: Extremum = step.kind  # type: ignore[assignment]
-    w = state.once("windows", node.name, lambda s, _: _windows(s, kind, node))
-    rows = flat(A, 2)
-    plus, minus = rows.clamp_min(0), rows.clamp_max(0)
-    bias = _dot(plus, w.low_gap) + _dot(minus, w.high_gap)
-    shape = state.shape(node.operands[0])
-    out = rows.new_zeros(*rows.shape[:2], math.prod(shape))
-    out = out.scatter_add(2, w.low_at.expand_as(rows), plus)
-    out = out.scatter_add(2, w.high_at.expand_as(rows), minus * w.high_slope)
-    return {0: out.reshape(*A.shape[:2], *shape)}, bias
-
-
 RULES: dict[type, Callable[..., tuple[Parts, Tensor | None]]] = {
     Affine: _affine,
-    Bilinear: _bilinear,
-    Extremum: _extremum,
+    Bilinear: bilinear,
+    Extremum: extremum,
 }

@@ -60,6 +60,10 @@ class Patch:
         return Patch(data, self.place, self.grid, self.clipped if clipped is None else clipped)
 
 
+Rows = Tensor | Patch  # (S, B, *shape), or windows of it
+Parts = dict[int, Rows]  # operand number -> rows
+
+
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (tuple(value) * 2)[:2]
 

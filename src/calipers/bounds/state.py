@@ -168,6 +168,20 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
+def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
+    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
+    rows, vector = flat(A, 2), flat(v)
+    single = vector.shape[0] == 1
+    if single or A.device.type != "cpu":
+        rows = (rows.abs() if size else rows).transpose(0, 1)
+        product = torch.bmm(rows, vector.unsqueeze(-1))
+        return product.squeeze(0) if single else product.squeeze(-1).T
+    # many products with one column each are slow on a CPU; these passes stay in the cache
+    step = max(1, PIECE // (vector.numel() * vector.itemsize))
+    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
+    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
+
+
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"
 
 
