@@ -71,6 +71,17 @@ def lower_bounds(
     return totals
 
 
+def at_the_input(state: State, name: str, A: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Rows ``A`` (S, B, *shape) of a value pulled back to the input, and their `lower_bounds`."""
+    pull = _Pull(state, name, chosen)
+    pull.rows[name] = A
+    pull.walk()
+    (source,) = state.network.graph.inputs
+    rows = pull.rows[source]
+    dense = patches.dense(rows, state.shape(source)) if isinstance(rows, Patch) else rows
+    return dense, pull.total()
+
+
 def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = None) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
     z = flat(state.env[name]).gather(1, index.T).T

@@ -234,13 +234,15 @@ def _alpha(
     wanted = wanted[rows][:, spec.clause]
     C, d = check_spec(some, part)
     if intermediate_steps:
-        _tighten(some, C, wanted, intermediate_steps, share)
+        tighten(some, C, wanted, steps=intermediate_steps, share=share)
     found = best[rows]
-    found = torch.where(wanted, torch.maximum(_ascended(some, C, d, wanted, steps), found), found)
+    found = torch.where(
+        wanted, torch.maximum(ascended(some, C, d, wanted, steps=steps), found), found
+    )
     return best.index_copy(0, rows, found)
 
 
-def _ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, steps: int) -> Tensor:
+def ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, *, steps: int) -> Tensor:
     """Bounds of the functionals, (B, M), −inf where they are not ``wanted``."""
     output = state.network.graph.output
     most = int(wanted.sum(1).max())
@@ -269,8 +271,8 @@ def _row(state: State) -> int:
     return 4 * row_bytes(state.network, state.dtype)
 
 
-def _tighten(state: State, C: Tensor, wanted: Tensor, steps: int, share: float) -> None:
-    """Optimise the intermediate bounds on which the wanted functionals depend most, from the input on."""
+def tighten(state: State, C: Tensor, wanted: Tensor, *, steps: int, share: float) -> None:
+    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on."""
     names = nonlinear_operands(state)
     status = exactness(state)
     names = {k: v for k, v in names.items() if status[k] == "loose" or state.region.p < torch.inf}
