@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from calipers.errors import CaptureError
 from calipers.graph.graph import Graph, Network, Node, Ref, bind, evaluate, evaluating
-from calipers.graph.lower import INPLACE, LOWER, SHAPED, SPLITS, VIEWS, Call, splits
-from calipers.graph.primitives import identity, slice_
+from calipers.graph.lower import INPLACE, LOWER, REPEATS, SHAPED, SPLITS, VIEWS, Call, splits
+from calipers.graph.primitives import constant, identity, slice_
 
 REMEDY = (
     "keep examples independent along dimension 0, and avoid data-dependent control flow in forward"
@@ -171,6 +171,8 @@ class _Reader:
             return
         if not isinstance(val, (Tensor, list, tuple)):
             return  # sizes and their arithmetic: output shapes say it all
+        if self._repeated(node, val):
+            return
         self._check_sizes(node)
         schema = getattr(target, "_schema", None)
         overwrites = schema is not None and schema.is_mutable
@@ -215,6 +217,26 @@ class _Reader:
                 break
             args.append(left.pop(argument.name, argument.default_value))
         return args
+
+    def _repeated(self, node: Any, val: Any) -> bool:
+        """A constant repeated for each example (a class token), and nothing else: a value of the input's batch."""
+        if node.target not in REPEATS:
+            return False
+        source, counts = node.args[:2]
+        size = tuple(source.meta["val"].shape)
+        front = val.shape[0] == self.batch and isinstance(counts[0], torch.fx.Node)
+        if not front or source in self.active or len(counts) != len(size) or size[0] != 1:
+            return False
+        if tuple(val.shape[1:]) != size[1:]:
+            return False
+        self.active.add(node)
+        self.fresh += 1
+        own = self._add(
+            f"{node.name}.{self.fresh}", torch.squeeze, (self.values[source], 0), {}, size[1:], node
+        )
+        first = next(n for n in self.fx if n in self.active)
+        self._add(node.name, constant, (self.values[first], own), {}, size[1:], node)
+        return True
 
     def _check_sizes(self, node: Any) -> None:
         """The batch size may only stand where shapes do: the graph itself does not know it."""
@@ -269,6 +291,12 @@ class _Reader:
             shape_of=lambda x: tuple(fake(x).shape)[0 if x.name in fixed else 1 :],
             emit=emit,
             training=lambda flag: self._flag(path, flag),
+            active=lambda x: isinstance(x, Ref) and x.name in shapes and x.name not in fixed,
+            original=lambda: (
+                node.target,
+                tuple(self._value(a) for a in node.args),
+                {k: self._value(v) for k, v in node.kwargs.items()},
+            ),
         )
 
     def _name(self, node: Any) -> str | None:

@@ -133,6 +133,11 @@ def constant(x: Tensor, value: Tensor) -> Tensor:
     return value.expand(x.shape[0], *value.shape)
 
 
+def indicator(mask: Tensor) -> Tensor:
+    """1 where a mask holds, 0 elsewhere."""
+    return mask.to(torch.get_default_dtype())
+
+
 def interpolate(x: Tensor, size: Sequence[int], mode: str, corners: bool = False) -> Tensor:
     """Images resized by interpolation of neighbours ("nearest", "linear", "bilinear", "trilinear")."""
     return F.interpolate(

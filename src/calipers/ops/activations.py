@@ -180,10 +180,13 @@ def _right_linear(x: Interval, *_: Any) -> Tensor:
 
 
 def _fixed(op: Callable[..., Any], curve: Curve) -> Activation:
+    tail = op in (F.gelu, prim.tanh_gelu)
+    other = op is prim.softplus  # torch's own goes over to z
     return activation(
         lambda: curve,
-        ulps=TAIL if op in (F.gelu, prim.tanh_gelu) else 16.0,
+        ulps=TAIL if tail else 16.0,
         linear=_hardswish_linear if op is F.hardswish else None,
+        relative=not (tail or other),
     )
 
 

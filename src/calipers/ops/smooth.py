@@ -217,9 +217,17 @@ def _constant(curve: Curve, x: Interval, ends: list[Tensor], good: Tensor) -> li
 
 
 def activation(
-    curve_of: Callable[..., Curve], *, ulps: float, linear: Callable[..., Tensor] | None = None
+    curve_of: Callable[..., Curve],
+    *,
+    ulps: float,
+    linear: Callable[..., Tensor] | None = None,
+    relative: bool = True,
 ) -> Activation:
-    """The entry of the op table for ``curve_of(*args)``."""
+    """The entry of the op table for ``curve_of(*args)``.
+
+    Args:
+        relative: whether the op itself, as networks run it, has a small relative error.
+    """
 
     def relax(x: Interval, *args: Any) -> Lines:
         curve = curve_of(*args)
@@ -244,7 +252,7 @@ def activation(
         linear or point,
         ulps=ulps,
         tuned=Tuned(lines, start),
-        steepest=lambda x, *args: steepest(curve_of(*args), x),
+        steepest=(lambda x, *args: steepest(curve_of(*args), x)) if relative else None,
     )
 
 
