@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,18 @@ from calipers.sets import Interval
 MANY = 64  # rows of one example from which on picking the columns that count pays
 
 
+class Chosen(Protocol):
+    """Lines, and multipliers, that are each row's own."""
+
+    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+        """In deviations from the reference (`deviations`), broadcastable to the rows ``A``."""
+        ...
+
+    def constraint(self, state: State, node: Node) -> tuple[Tensor, Tensor] | None:
+        """Of Σ m·(v − t) >= 0, known of the node's operand v: m (S, B, *shape), and m·(z − t) rounded up (S, B)."""
+        ...
+
+
 def lower_bounds(
     state: State,
     name: str,
@@ -37,6 +49,7 @@ def lower_bounds(
     tail: Collection[str] = (),
     *,
     last: bool = True,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
@@ -44,8 +57,9 @@ def lower_bounds(
         tail: values; if given there is one more bound, first in the list: where the walk leaves them, what it
             has reached is concretised by its intervals.
         last: go on to the input for one more bound.
+        chosen: lines of the rows' own.
     """
-    pull = _Pull(state, name)
+    pull = _Pull(state, name, chosen)
     pull.rows[name] = A
     totals = []
     if tail:
@@ -57,10 +71,21 @@ def lower_bounds(
     return totals
 
 
-def both_bounds(state: State, name: str, index: Tensor) -> Interval:
+def at_the_input(state: State, name: str, A: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Rows ``A`` (S, B, *shape) of a value pulled back to the input, and their `lower_bounds`."""
+    pull = _Pull(state, name, chosen)
+    pull.rows[name] = A
+    pull.walk()
+    (source,) = state.network.graph.inputs
+    rows = pull.rows[source]
+    dense = patches.dense(rows, state.shape(source)) if isinstance(rows, Patch) else rows
+    return dense, pull.total()
+
+
+def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = None) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
     z = flat(state.env[name]).gather(1, index.T).T
-    low, high = _Pull(state, name).elements_at(index)
+    low, high = _Pull(state, name, chosen).elements_at(index)
     # adding the reference value rounds once more
     slack = (
         state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) if state.rigorous else 0.0
@@ -71,8 +96,8 @@ def both_bounds(state: State, name: str, index: Tensor) -> Interval:
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
-    def __init__(self, state: State, name: str) -> None:
-        self.state, self.name = state, name
+    def __init__(self, state: State, name: str, chosen: Chosen | None = None) -> None:
+        self.state, self.name, self.chosen = state, name, chosen
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | None = None
         self.elements = self.mirrored = False
@@ -127,6 +152,9 @@ class _Pull:
         bias: Tensor | None
         if not isinstance(kind, Activation):
             parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
+        elif self.chosen is not None:
+            rows = _mirrored(A) if split else A
+            parts, bias = _chosen(state, kind, node, rows, self.chosen)
         elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, A.shape[0])):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
@@ -214,7 +242,7 @@ def _deviation(state: State, name: str) -> Tensor:
     return torch.maximum(z - box.lower, box.upper - z)
 
 
-def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
+def look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
     """The windows of ``v`` that rows lie on; the table of all of them serves every chunk of rows."""
     h, w = A.data.shape[-2:]
     key = (f"{what} {h} {w} {A.grid}", "table")
@@ -224,7 +252,7 @@ def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
 
 
 def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
-    return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
+    return (A.data * look(state, what, v, A)).flatten(2).sum(-1)
 
 
 # -- affine -------------------------------------------------------------------------------------------------
@@ -313,16 +341,23 @@ class _Relaxed(NamedTuple):
     gap: Tensor
 
 
-def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+def deviations(
+    state: State,
+    kind: Activation,
+    node: Node,
+    box: Interval,
+    z: Tensor,
+    out: Tensor,
+    choice: tuple[Tensor, Tensor] | None,
+) -> Lines:
+    """The lines of an activation in deviations from the reference: offsets at the reference, less the output there."""
     args, kwargs = state.arguments(node)
-    z, out = args[0], state.env[node.name]
-    box = state.boxes[node.operands[0]]
-    lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    if choice is None or kind.tuned is None:
+        lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    else:
+        lines = kind.tuned.lines(box, *choice, *args[1:], **kwargs)
     low = torch.addcmul(lines.lower_offset - out, lines.lower_slope, z)
     high = torch.addcmul(lines.upper_offset - out, lines.upper_slope, z)
-    gap, bend = high - low, lines.upper_slope - lines.lower_slope
-    mid = torch.add(lines.lower_slope, bend, alpha=0.5)
-    offset = torch.add(low, gap, alpha=0.5)
     if state.rigorous:
         with torch.no_grad():
             size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
@@ -330,9 +365,73 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
             offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
             # the lines themselves, and the sums over all neurons that their offsets will enter
             rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
-            sums = state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
-            gap = gap + 2 * (rounding + sums)
+            sums = state.gamma(math.prod(node.shape)) * (low.abs() + high.abs() + rounding)
+            rounding = rounding + sums
+        low, high = low - rounding, high + rounding
+    return Lines(lines.lower_slope, low, lines.upper_slope, high)
+
+
+def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+    args, _ = state.arguments(node)
+    box, out = state.boxes[node.operands[0]], state.env[node.name]
+    choice = state.choose(kind, box, args[1:]) if state.choose else None
+    lower_slope, low, upper_slope, high = deviations(state, kind, node, box, args[0], out, choice)
+    gap, bend = high - low, upper_slope - lower_slope
+    mid, offset = torch.add(lower_slope, bend, alpha=0.5), torch.add(low, gap, alpha=0.5)
     return _Relaxed(mid, bend, offset, gap)
+
+
+class _Bend(torch.autograd.Function):
+    """A ↦ A⁺·lower + A⁻·upper, slopes and offsets alike: (rows, bias of each row).
+
+    Written out because optimising lines spends its time here: the sides are picked once, and little is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, low_slope: Tensor, low: Tensor, up_slope: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        positive = A >= 0
+        slope = torch.where(positive, low_slope, up_slope)
+        offset = torch.where(positive, low, high)
+        ctx.save_for_backward(A, slope, offset)
+        ctx.shapes = [v.shape for v in (low_slope, low, up_slope, high)]
+        return A * slope, (A * offset).flatten(2).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        A, slope, offset = ctx.saved_tensors
+        rows, bias = grads
+        bias = bias.reshape(*bias.shape, *[1] * (A.ndim - 2))
+        found: list[Tensor | None] = [None] * 5
+        if ctx.needs_input_grad[0]:
+            found[0] = torch.addcmul(rows * slope, bias, offset)
+        for side, first in ((A.clamp_min(0), 1), (A.clamp_max(0), 3)):
+            for i, grad in ((first, rows), (first + 1, bias)):
+                if ctx.needs_input_grad[i]:
+                    found[i] = (side * grad).sum_to_size(ctx.shapes[i - 1])
+        return tuple(found)
+
+
+def _chosen(
+    state: State, kind: Activation, node: Node, A: Rows, chosen: Chosen
+) -> tuple[Parts, Tensor]:
+    """`_activation` with lines of each row's own, and with multipliers of what is known of its operand."""
+    lines = chosen.lines(state, kind, node, A)
+    data = patches.clip(A, node.shape).data if isinstance(A, Patch) else A
+    rows, bias = _Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
+    if isinstance(A, Patch):
+        return {0: A.moved(rows, clipped=True)}, bias
+    known = chosen.constraint(state, node)
+    if known is None:
+        return {0: rows}, bias
+    rows, bias = rows - known[0], bias - known[1]
+    if state.rigorous:
+        name = node.operands[0]
+        bias = bias - state.gamma(2) * dot(
+            rows, state.once("deviation", name, _deviation), size=True
+        )
+    return {0: rows}, bias
 
 
 def _activation(
@@ -341,7 +440,7 @@ def _activation(
     """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
-        looked = _look(state, f"lines of {node.name}", maps, A)
+        looked = look(state, f"lines of {node.name}", maps, A)
         mid, bend, offset, gap = looked.chunk(4, 2)
         data, size = A.data, A.data.abs()
         straight = (data * offset).flatten(2).sum(-1)
