@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import calipers as cp
-from calipers.bounds import crown, interval
+from calipers.bounds import alpha_crown, crown, crown_ibp, interval
+from calipers.errors import UnsupportedOp
+from calipers.ops import OPS, monotone, register
 from calipers.spec import Spec
+from networks import Builder
 
 
 class Block(nn.Module):
@@ -184,3 +187,61 @@ def test_bounds_of_common_classifiers(name: str) -> None:
     rigorous = crown(network, region, spec, dtype=torch.float64, rigorous=True)
     assert (rigorous <= strong + 1e-12).all()
     assert (rigorous >= strong - 1e-6 * (1 + strong.abs())).all()
+
+
+def partial_network(op: Callable[..., Tensor]) -> cp.Network:
+    """A function with a domain, of x − 0.5."""
+    b = Builder((2,))
+    b.linear(b(op, b(torch.add, b.x, -0.5)), 2)
+    return b.network()
+
+
+@pytest.mark.parametrize("op", [torch.log, torch.sqrt, torch.rsqrt, torch.reciprocal])
+@pytest.mark.parametrize("method", [interval, crown_ibp, crown, alpha_crown])
+def test_intervals_that_leave_the_domain_prove_nothing(
+    op: Callable[..., Tensor], method: Callable[..., Tensor]
+) -> None:
+    network = partial_network(op)
+    x = torch.full((2, 2), 0.5)
+    x[1] += 0.4
+    region = cp.ThreatModel(float("inf"), 0.1).around(x)
+    low = method(network, region, Spec.functional(torch.eye(2).expand(2, 2, 2)), rigorous=True)
+    assert not (low[0] > -1e30).any()  # -inf or NaN
+    assert torch.isfinite(low[1]).all()
+
+
+def test_tight_intermediate_bounds_keep_a_function_in_its_domain() -> None:
+    b = Builder((1,))
+    half = b(torch.add, b.x, b(torch.neg, b(torch.mul, b.x, 0.5)))  # which intervals do not see
+    b.linear(b(torch.log, b(torch.add, half, 0.2)), 2)
+    network = b.network()
+    region = cp.ThreatModel(float("inf"), 0.3, lower=-1.0).around(torch.zeros(1, 1))
+    spec = Spec.functional(torch.eye(2)[None])
+    assert not torch.isfinite(interval(network, region, spec)).any()
+    low = crown(network, region, spec)
+    assert torch.isfinite(low).all()
+    y = network(torch.linspace(-0.3, 0.3, 601)[:, None])
+    assert (low <= y.amin(0) + 1e-6).all()
+
+
+def test_an_op_with_nothing_but_a_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    b = Builder((3,))
+    b.linear(b(torch.asinh, b.linear(b.x, 4)), 2)
+    network = b.network()
+    x = torch.rand(2, 3)
+    region, spec = (
+        cp.ThreatModel(float("inf"), 0.1).around(x),
+        Spec.functional(torch.eye(2).expand(2, 2, 2)),
+    )
+    with pytest.raises(UnsupportedOp, match="asinh"):
+        crown(network, region, spec)
+    monkeypatch.setitem(OPS, torch.asinh, None)  # restored afterwards
+    register(torch.asinh, monotone(torch.asinh))
+    try:
+        low = crown(network, region, spec, rigorous=True)
+        assert (low >= interval(network, region, spec, rigorous=True)).all()
+        for _ in range(20):
+            assert (low <= network(region.sample(torch.randint(1 << 30, (2,))).float())).all()
+    finally:
+        monkeypatch.undo()
+        register(torch.relu, OPS[torch.relu])  # forget what was looked up

@@ -22,7 +22,7 @@ from calipers.sets import Interval
 
 Function = Callable[[Tensor], Tensor]
 Stretch = tuple[Any, Any]  # numbers, or one per neuron
-STEPS = 40  # of a bisection
+STEPS = (28, 40)  # of a bisection in single and in double precision
 FAR = 8192.0  # from there on the place within a period of a sine is not known well enough
 
 
@@ -111,26 +111,28 @@ def steepest(curve: Curve, x: Interval) -> Tensor:
     return torch.where(undefined(curve, x), math.inf, slopes)
 
 
+def _bisected(f: Function, slope: Function, near: Tensor, far: Tensor, end: Tensor) -> Tensor:
+    """A point whose tangent passes above (end, f(end)), as that at ``far`` does, next to ones that do not."""
+    value = f(end)
+    for _ in range(STEPS[end.dtype.itemsize > 4]):
+        middle = (near + far) / 2
+        good = f(middle) + slope(middle) * (end - middle) >= value
+        near, far = torch.where(good, near, middle), torch.where(good, middle, far)
+    return far
+
+
 def _touch(
     f: Function, slope: Function, near: Tensor, far: Tensor, end: Tensor, wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The point nearest to ``near``, on the way from there to ``far``, whose tangent passes above (end, f(end)), and
     whether there is one; where it is ``wanted``."""
-
-    def above(d: Tensor) -> Tensor:
-        return f(d) + slope(d) * (end - d) >= value
-
     with torch.no_grad():
-        value = f(end)
-        at_once = above(near)
-        known = above(far)
-        point = far
-        if bool((wanted & known & ~at_once).any()):
-            before = near
-            for _ in range(STEPS):
-                middle = (before + point) / 2
-                good = above(middle)
-                before, point = torch.where(good, before, middle), torch.where(good, middle, point)
+        at_once = f(near) + slope(near) * (end - near) >= f(end)
+        known = f(far) + slope(far) * (end - far) >= f(end)
+        needed = wanted & known & ~at_once
+        point = far.clone()
+        if bool(needed.any()):
+            point[needed] = _bisected(f, slope, near[needed], far[needed], end[needed])
     if not (end.requires_grad and torch.is_grad_enabled()):
         return torch.where(at_once, near, point), at_once | known
     # the derivative of the point by the implicit function theorem; its value stays as it is
