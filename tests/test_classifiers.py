@@ -146,6 +146,23 @@ class Arithmetic(nn.Module):
         return self.head(h).log_softmax(1)
 
 
+class Encoder(nn.Module):
+    """torch's own transformer layer and attention, and attention with one product for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x[:, 0, ::2])
+        h = h + self.attention(h, h, h)[0]
+        q, k, v = self.qkv(h).reshape(x.shape[0], 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        h = h + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(h.mean(1))
+
+
 class Rounded(nn.Module):
     """A network on a binarised image."""
 
@@ -158,7 +175,8 @@ class Rounded(nn.Module):
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
-    c.__name__: c for c in (Transformer, Convnext, Excitation, Dense, Free, Arithmetic, Rounded)
+    c.__name__: c
+    for c in (Transformer, Convnext, Excitation, Dense, Free, Arithmetic, Encoder, Rounded)
 }
 
 

@@ -271,7 +271,7 @@ def intervals(draw: st.DrawFn) -> tuple[float, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", of(Activation), ids=str)
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(chosen=st.lists(intervals(), min_size=1, max_size=8))
 def test_lines(case: Case, dtype: torch.dtype, chosen: list[tuple[float, float]]) -> None:
     contract.check_lines(case, chosen, dtype)
@@ -289,7 +289,7 @@ def test_lines_on_a_grid(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", of(Activation), ids=str)
 def test_lines_to_optimise(case: Case) -> None:
-    ends = [-800.0, -37.0, -5.0, -3.5, -1.7, -0.3, -1e-9, 0.0, 0.1, 0.4, 2.0, 3.5, 17.0, 100.0]
+    ends = [-800.0, -37.0, -3.5, -1.7, -0.3, 0.0, 0.4, 2.0, 3.5, 100.0]
     contract.check_tuned(case, [(l, u) for l in ends for u in ends if l <= u])
 
 

@@ -672,6 +672,7 @@ LOWER: dict[Any, Callable[[Call], Lowered]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten.var.correction: _variance,
     aten.linalg_vector_norm.default: _norm,
+    aten.expand_as.default: lambda c: (prim.expand, (c.args[0], c.shape)),
     aten.upsample_nearest1d.vec: _interpolate("nearest"),
     aten.upsample_nearest2d.vec: _interpolate("nearest"),
     aten.upsample_nearest3d.vec: _interpolate("nearest"),
@@ -750,6 +751,22 @@ INPLACE: dict[Any, Any] = {
     aten.dropout_.default: aten.dropout.default,
     aten.detach_.default: aten.detach.default,
 }
+
+
+def _swapped(node: Any) -> list[int]:
+    order = list(range(node.args[0].meta["val"].ndim))
+    i, j = node.args[1], node.args[2]
+    order[i], order[j] = order[j], order[i]
+    return order
+
+
+# what may be done to a value while its batch is not first
+PERMUTES: dict[Any, Callable[[Any], list[int]]] = {
+    aten.permute.default: lambda node: [d % len(node.args[1]) for d in node.args[1]],
+    aten.transpose.int: _swapped,
+}
+PASSES = frozenset({aten.contiguous.default, aten.clone.default})
+MOVES = PASSES | {*PERMUTES, aten.unbind.int, aten.select.int}
 REPEATS = frozenset({aten.expand.default, aten.repeat.default})
 SPLITS = frozenset({aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default})
 
