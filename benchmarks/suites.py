@@ -4,8 +4,8 @@
 
 ``FOLDER`` holds one folder per benchmark with ``instances.csv``. Bounds are of every output, both ways, in the
 network's own precision, accounting for rounding; one thread. For each benchmark: networks, seconds of CPU for
-interval and CROWN bounds, the median width over outputs of both and of the sampled outputs, ops, and what failed:
-bounds that are not finite, that a sampled output leaves, or CROWN bounds looser than interval bounds.
+interval and CROWN bounds, the width of both and of the sampled outputs (mean over outputs, median over networks), ops,
+and what failed: bounds that are not finite, that a sampled output leaves, or CROWN bounds looser than interval bounds.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def measure(instance: Instance, samples: int) -> Row:
     spec = cp.Spec.functional(torch.cat([torch.eye(count), -torch.eye(count)])[None])
     row = Row(instance.onnx.name, {node.op.__name__ for node in net.graph.nodes})
     y = sampled(net, region, samples)
-    row.width["sampled"] = (y.amax(0) - y.amin(0)).median().item()
+    row.width["sampled"] = (y.amax(0) - y.amin(0)).mean().item()
     found: dict[str, Tensor] = {}
     for name, method in METHODS.items():
         start = time.process_time()
         low = method(net, region, spec, rigorous=True)[0].double()
         row.seconds[name] = time.process_time() - start
         found[name] = low
-        row.width[name] = -(low[:count] + low[count:]).median().item()
+        row.width[name] = -(low[:count] + low[count:]).mean().item()
         if not bool(torch.isfinite(low).all()):
             row.wrong.append(f"{name}: not finite")
         if not bool((low <= torch.cat([y, -y], 1).amin(0)).all()):
