@@ -31,7 +31,10 @@ MANY = 64  # rows of one example from which on picking the columns that count pa
 
 
 class Chosen(Protocol):
-    """Lines, and multipliers, that are each row's own."""
+    """Lines, and multipliers, that are each row's own; ``windows``: whether it also knows those of a `Patch`."""
+
+    @property
+    def windows(self) -> bool: ...
 
     def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
         """In deviations from the reference (`deviations`), broadcastable to the rows ``A``."""
@@ -417,6 +420,8 @@ def _chosen(
     state: State, kind: Activation, node: Node, A: Rows, chosen: Chosen
 ) -> tuple[Parts, Tensor]:
     """`_activation` with lines of each row's own, and with multipliers of what is known of its operand."""
+    if isinstance(A, Patch) and not chosen.windows:
+        A = patches.dense(A, node.shape)
     lines = chosen.lines(state, kind, node, A)
     data = patches.clip(A, node.shape).data if isinstance(A, Patch) else A
     rows, bias = _Bend.apply(data, *lines)  # type: ignore[no-untyped-call]

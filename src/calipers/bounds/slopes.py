@@ -48,6 +48,8 @@ class Choice(NamedTuple):
 class OwnLines:
     """Lines of every row's own, by activation; they begin where `Tuned.start` says."""
 
+    windows = True
+
     def __init__(self) -> None:
         self.choices: dict[str, Choice] = {}
 

@@ -109,14 +109,14 @@ class Search:
         open_, low = self.root()
         if not open_.any():
             return
-        stack = [self.problem.root(*self._starts(open_, low))]
+        stack = [self.sure.root(*self._starts(open_, low))]
         stack[0] = self.improved(stack[0])
         while stack and self.point is None:
             stack[-1] = self.closed(stack[-1])
             domains = _taken(stack, self.batch)
             if not len(domains):
                 continue
-            splittable = self.splittable(domains)
+            splittable = self.problem.undecided(domains)
             if not splittable.any(1).all():
                 self.reason = "no neuron is left to split"
                 return
@@ -149,11 +149,8 @@ class Search:
         if open_.any():
             members = _members(self.spec)
             boxes = state.boxes
-            fast, sure = (
-                self._problem(boxes, members, dtype, rigorous=rigorous)
-                for dtype, rigorous in ((torch.float32, False), (torch.float64, True))
-            )
-            self.problem, self.sure = fast, sure
+            self.sure = self._problem(boxes, members, torch.float64, rigorous=True)
+            self.problem = self._problem(boxes, members, torch.float32, rigorous=False)
         return open_, low[0]
 
     def _open(self, low: Tensor) -> Tensor:
@@ -194,7 +191,7 @@ class Search:
                 )
         state.cache.clear()
         C, d = check_spec(state, self.spec)
-        return Problem(state, C[0], d[0], members)
+        return Problem(state, C[0], d[0], members, None if rigorous else self.sure)
 
     def _starts(self, open_: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         clauses = torch.nonzero(open_).flatten()
@@ -271,15 +268,6 @@ class Search:
         left = domains[~proved]
         return replace(left, bound=left.bound.clamp_max(0.0))
 
-    def splittable(self, domains: Domains) -> Tensor:
-        """Which elements are not linear on their interval in each sub-problem: (n, U)."""
-        low, high = self.problem.intervals(domains)
-        found = torch.zeros_like(low, dtype=torch.bool)
-        for layer in self.problem.layers.values():
-            box = Interval(low[:, layer.span], high[:, layer.span])
-            found[:, layer.span] = ~layer.kind.linear(box, *self.problem.arguments(layer))
-        return found
-
     def split(self, domains: Domains, splittable: Tensor) -> Domains:
         """Both children of every sub-problem."""
         watched = Batch(self.problem, domains, watch=True)
@@ -308,8 +296,14 @@ class Search:
             where, at = room.where.clone(), room.point.clone()
             sides, scale = room.side.clone(), room.scale.clone()
             where[:, depth], at[:, depth], sides[:, depth] = element, point, side
+            low, high = room.low.clone(), room.high.clone()
+            end, limit = (low, torch.fmax) if side > 0 else (high, torch.fmin)
+            column = element.unsqueeze(1)
+            end.scatter_(1, column, limit(end.gather(1, column), point.unsqueeze(1)))
             scale[:, depth] = sizes.gather(1, element.unsqueeze(1)).squeeze(1)
-            parts.append(replace(room, where=where, point=at, side=sides, scale=scale))
+            parts.append(
+                replace(room, low=low, high=high, where=where, point=at, side=sides, scale=scale)
+            )
         return joined(parts)
 
     def _try(self, rows: Tensor) -> None:

@@ -8,18 +8,19 @@ the reference and the intermediate bounds of the root; they are rows of one back
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from calipers.bounds.ladder import at_reference
-from calipers.bounds.linear import at_the_input, deviations
-from calipers.bounds.patches import Rows
+from calipers.bounds.linear import at_the_input, both_bounds, deviations
 from calipers.bounds.state import State, flat
 from calipers.graph.graph import Node
 from calipers.ops.kinds import Activation, Lines
+from calipers.rounding import cast
 from calipers.sets import Interval
 
 
@@ -29,7 +30,6 @@ class Layer(NamedTuple):
     node: Node
     kind: Activation
     columns: Tensor  # (U,) flat positions
-    box: Interval  # (U,) their intervals
     z: Tensor
     out: Tensor
     base: Lines  # of all elements, (N,)
@@ -46,6 +46,7 @@ class Domains:
         clause: (n,) which clause of the specification must hold.
         weights: (n, members) of the clause's functionals; the combination is what is bounded.
         choice: (n, T) the lines' numbers in [0, 1], kept in half precision.
+        low, high: (n, U) the interval of every undecided element's operand, in float32.
         where: (n, D) which element each split is of, −1 for none.
         point: (n, D) where it was split.
         side: (n, D) +1: above the point, −1: below.
@@ -57,6 +58,8 @@ class Domains:
     clause: Tensor
     weights: Tensor
     choice: Tensor
+    low: Tensor
+    high: Tensor
     where: Tensor
     point: Tensor
     side: Tensor
@@ -104,9 +107,12 @@ class Problem:
     Args:
         state: of the whole region (one example), with the root's intermediate bounds and reference.
         C, d: (M, K) and (M,), the functionals; ``members`` (clauses, members) their numbers by clause, −1 for none.
+        like: the same problem in another precision, whose undecided elements are taken over.
     """
 
-    def __init__(self, state: State, C: Tensor, d: Tensor, members: Tensor) -> None:
+    def __init__(
+        self, state: State, C: Tensor, d: Tensor, members: Tensor, like: Problem | None = None
+    ) -> None:
         self.state, self.members = state, members
         self.C, self.d = C, d
         self.layers: dict[str, Layer] = {}
@@ -117,7 +123,12 @@ class Problem:
                 continue
             args, _ = state.arguments(node)
             box, out = state.boxes[node.operands[0]], state.env[node.name]
-            columns = torch.nonzero(flat(~kind.linear(box, *args[1:]))[0]).flatten()
+            if like is None:
+                columns = torch.nonzero(flat(~kind.linear(box, *args[1:]))[0]).flatten()
+            elif node.name in like.layers:
+                columns = like.layers[node.name].columns
+            else:
+                continue
             if not len(columns):
                 continue
             first, second = kind.tuned.start(box, *args[1:])
@@ -126,7 +137,6 @@ class Problem:
                 node,
                 kind,
                 columns,
-                Interval(*(flat(v)[0, columns] for v in box)),
                 flat(args[0])[0, columns],
                 flat(out)[0, columns],
                 Lines(*(flat(v.expand_as(out))[0] for v in base)),
@@ -139,18 +149,26 @@ class Problem:
 
     def root(self, clauses: Tensor, weights: Tensor, bound: Tensor) -> Domains:
         """The whole region, once for each of ``clauses``."""
-        n = len(clauses)
-        starts = []
-        for layer in self.layers.values():
-            start = layer.kind.tuned.start(layer.box, *self.arguments(layer))  # type: ignore[union-attr]
-            starts += list(start[: layer.sides])
-        choice = torch.cat(starts) if starts else self.C.new_zeros(0)
-        none = torch.zeros(n, 0, dtype=self.C.dtype, device=self.C.device)
+        n, like = len(clauses), self.C
+        ends = [
+            [
+                flat(self.state.boxes[v.node.operands[0]][i])[0, v.columns]
+                for v in self.layers.values()
+            ]
+            for i in (0, 1)
+        ]
+        low, high = (torch.cat(v) if v else like.new_zeros(0) for v in ends)
+        box = Interval(
+            cast(low, torch.float32, -math.inf).expand(n, -1),
+            cast(high, torch.float32, math.inf).expand(n, -1),
+        )
+        none = like.new_zeros(n, 0)
         return Domains(
             bound,
             clauses,
             weights,
-            choice.expand(n, -1).to(torch.float16),
+            self.starts(box).to(torch.float16),
+            *box,
             none.long(),
             none,
             none.to(torch.int8),
@@ -158,23 +176,56 @@ class Problem:
             none,
         )
 
-    def intervals(self, domains: Domains) -> Interval:
-        """Of every undecided element in every sub-problem: (n, U)."""
-        if not self.layers:
-            empty = self.C.new_zeros(len(domains), 0)
-            return Interval(empty, empty)
-        low, high = (
-            torch.cat([layer.box[i] for layer in self.layers.values()]).repeat(len(domains), 1)
-            for i in (0, 1)
-        )
-        if domains.where.shape[1]:
-            index, point = domains.where.clamp_min(0), domains.point.to(low)
-            real = domains.where >= 0
-            above = torch.where(real & (domains.side > 0), point, -torch.inf)
-            below = torch.where(real & (domains.side < 0), point, torch.inf)
-            low = low.scatter_reduce(1, index, above, "amax")
-            high = high.scatter_reduce(1, index, below, "amin")
-        return Interval(low, high)
+    def starts(self, box: Interval) -> Tensor:
+        """Where to start the lines' numbers on intervals (n, U): (n, T)."""
+        found = [box.lower[:, :0]]
+        for layer in self.layers.values():
+            own = Interval(box.lower[:, layer.span], box.upper[:, layer.span])
+            both = layer.kind.tuned.start(own, *self.arguments(layer))  # type: ignore[union-attr]
+            found += both[: layer.sides]
+        return torch.cat(found, 1)
+
+    def undecided(self, domains: Domains) -> Tensor:
+        """Which elements are not linear on their interval: (n, U)."""
+        found = torch.zeros_like(domains.low, dtype=torch.bool)
+        for layer in self.layers.values():
+            box = Interval(domains.low[:, layer.span], domains.high[:, layer.span])
+            found[:, layer.span] = ~layer.kind.linear(box, *self.arguments(layer))
+        return found
+
+    def refreshed(self, domains: Domains, rows: int) -> tuple[Domains, Tensor]:
+        """The intervals again, each layer's from those before it, and which sub-problems turn out empty: (n,).
+
+        Only a problem that accounts for rounding may do this: the intervals stay with the sub-problem.
+
+        Args:
+            rows: how many elements to bound at a time.
+        """
+        empty = torch.zeros(len(domains), dtype=torch.bool)
+        for layer in list(self.layers.values())[1:]:
+            low, high = domains.low.clone(), domains.high.clone()
+            item, column = torch.nonzero(self.undecided(domains)[:, layer.span], as_tuple=True)
+            for i in range(0, len(item), rows):
+                at, to = item[i : i + rows], column[i : i + rows]
+                found = both_bounds(
+                    self.state,
+                    layer.node.operands[0],
+                    layer.columns[to].unsqueeze(1),
+                    Batch(self, domains[at], fresh=True),
+                )
+                to = to + layer.span.start
+                ends = (
+                    cast(found.lower[:, 0], torch.float32, -math.inf),
+                    cast(found.upper[:, 0], torch.float32, math.inf),
+                )
+                low[at, to] = torch.fmax(low[at, to], ends[0])
+                high[at, to] = torch.fmin(high[at, to], ends[1])
+            crossed = (low > high).any(1)
+            empty |= crossed
+            known = crossed.unsqueeze(1)  # an empty one keeps intervals that are intervals
+            low, high = torch.where(known, domains.low, low), torch.where(known, domains.high, high)
+            domains = replace(domains, low=low, high=high)
+        return domains, empty
 
     def rows(self, clause: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The functionals to bound: rows (n, K), and their value at the reference output, rounded down: (n,)."""
@@ -214,21 +265,27 @@ class Batch:
     """`linear.Chosen` for sub-problems: rows (n, 1, ...) of one backward pass.
 
     ``leaves`` are what may be optimised. With ``watch`` it remembers the rows that reach each activation's undecided
-    elements: what `branch` picks its splits by.
+    elements: what `branch` picks its splits by. ``fresh`` is for rows of other values than the output: lines start
+    anew, multipliers do not count, and a second half of rows may mirror the first.
     """
 
-    def __init__(self, problem: Problem, domains: Domains, *, watch: bool = False) -> None:
-        self.problem, self.domains = problem, domains
+    def __init__(
+        self, problem: Problem, domains: Domains, *, watch: bool = False, fresh: bool = False
+    ) -> None:
+        self.problem, self.domains, self.fresh = problem, domains, fresh
         like = problem.C
-        self.choice = domains.choice.to(like.dtype, copy=True)
+        self.box = Interval(domains.low.to(like.dtype), domains.high.to(like.dtype))
+        choice = problem.starts(self.box) if fresh else domains.choice
+        self.choice = choice.to(like.dtype, copy=True)
         self.multiplier = domains.multiplier.to(like.dtype, copy=True)
         self.weights = domains.weights.to(like.dtype, copy=True)
-        self.box = problem.intervals(domains)
         self.sign = domains.side.to(like.dtype) * domains.scale.to(like.dtype)
         self.at = domains.point.to(like.dtype)
         self.watch = watch
         self.seen: dict[str, Tensor] = {}
         self.chosen: dict[str, Lines] = {}
+
+    windows = False
 
     def __getitem__(self, index: Tensor) -> Batch:
         other = Batch(self.problem, self.domains[index])
@@ -247,10 +304,10 @@ class Batch:
         rows, bound = at_the_input(state, state.network.graph.output, A.unsqueeze(1), self)
         return value + bound[:, 0], rows[:, 0]
 
-    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+    def lines(self, state: State, kind: Activation, node: Node, A: Any) -> Lines:
         layer = self.problem.layers.get(node.name)
         out = state.env[node.name]
-        if layer is None or not isinstance(A, Tensor):
+        if layer is None:
             z = state.env[node.operands[0]]
             return deviations(state, kind, node, state.boxes[node.operands[0]], z, out, None)
         box = Interval(*(v[:, layer.span] for v in self.box))
@@ -259,13 +316,12 @@ class Batch:
         if self.watch:
             self.seen[node.name] = flat(A, 2)[:, 0].index_select(1, layer.columns)
             self.chosen[node.name] = lines
-        shape = (n, 1, *out.shape[1:])
-        return Lines(
-            *(
-                base.expand(n, -1).index_copy(1, layer.columns, v.expand(n, -1)).reshape(shape)
-                for base, v in zip(layer.base, lines, strict=True)
-            )
+        shape, mirror = (-1, 1, *out.shape[1:]), len(A) // n
+        wide = (
+            base.expand(n, -1).index_copy(1, layer.columns, v.expand(n, -1))
+            for base, v in zip(layer.base, lines, strict=True)
         )
+        return Lines(*((v.repeat(mirror, 1) if mirror > 1 else v).reshape(shape) for v in wide))
 
     def _numbers(self, layer: Layer) -> tuple[Tensor, Tensor]:
         start = 0
@@ -282,7 +338,7 @@ class Batch:
         """Σ multiplier·side·(v − point) over the splits of this node's operand."""
         layer = self.problem.layers.get(node.name)
         where = self.domains.where
-        if layer is None or not where.shape[1]:
+        if layer is None or self.fresh or not where.shape[1]:
             return None
         here = (where >= layer.span.start) & (where < layer.span.stop)
         local = torch.where(here, where - layer.span.start, 0)
