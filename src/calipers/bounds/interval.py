@@ -7,6 +7,7 @@ product: the width's own map carries gamma_n·|centre| along.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -151,6 +152,17 @@ def _bilinear(state: State, step: Step, _args: list[Any], _kwargs: Mapping[str, 
 def _extremum(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
     x, rest = state.boxes[step.reads[0]], args[1:]
     return Interval(step.node.op(x.lower, *rest, **kwargs), step.node.op(x.upper, *rest, **kwargs))
+
+
+def candidates(kind: Extremum, box: Interval, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The flat positions (windows, k) of a maximum's windows, padding at 0, and which elements can be their window's
+    largest, (B, windows, k); an unknown one can."""
+    index = kind.windows(tuple(box.lower.shape[1:]), *args, **kwargs).to(box.lower.device)
+    index = index.reshape(-1, index.shape[-1])
+    where = index.clamp_min(0)
+    low = torch.where(index >= 0, box.lower.flatten(1)[:, where], -math.inf)
+    high = torch.where(index >= 0, box.upper.flatten(1)[:, where], -math.inf)
+    return where, ~(high < low.amax(-1, keepdim=True)) & (index >= 0)
 
 
 RULES: dict[type, Callable[..., Interval]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
+from calipers.bounds.planner import examples, in_parts, row_bytes
 from calipers.bounds.state import (
-    DEFAULT_MEMORY,
     State,
     check_spec,
     flat,
@@ -117,10 +117,27 @@ def preactivations(
 
     Where a neuron is stable, or interval bounds are exact, intervals are all there is.
     """
-    dtype = working_dtype(network, None, dtype, rigorous=rigorous)
-    state = start(network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None)
-    propagate(state, tighten=_tightener(state) if tight else None)
-    return state.boxes
+    chosen = working_dtype(network, None, dtype, rigorous=rigorous)
+
+    def part(rows: slice, limit: int) -> dict[str, Interval]:
+        some = region if rows == slice(0, len(region)) else region[rows]
+        state = start(network, some, dtype=chosen, rigorous=rigorous, memory=limit, statistics=None)
+        propagate(state, tighten=tightener(state) if tight else None)
+        return state.boxes
+
+    parts = in_parts(
+        part,
+        len(region),
+        size=examples(network, 1, memory, chosen),
+        memory=memory,
+        least=row_bytes(network, chosen),
+    )
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: Interval(*(torch.cat(ends) for ends in zip(*(p[name] for p in parts), strict=True)))
+        for name in parts[0]
+    }
 
 
 # -- running in chunks ----------------------------------------------------------------------------------------
@@ -140,31 +157,18 @@ def _chunked(
     if spec.C.shape[0] != count:
         raise ValueError(f"spec: {len(spec)} examples for {count} regions")
     dtype = working_dtype(network, spec, dtype, rigorous=rigorous)
-    begin = partial(
-        start,
-        network,
-        dtype=dtype,
-        rigorous=rigorous,
-        memory=memory,
-        statistics=statistics,
-    )
-    size = _examples(network, spec, memory, dtype)
-    if count <= size:
-        return run(begin(region), spec)
-    parts = [run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, count, size)]
-    return torch.cat(parts)
+    size = examples(network, spec.C.shape[1], memory, dtype)
 
+    def part(rows: slice, limit: int) -> Tensor:
+        whole = rows == slice(0, count)  # then what the region has cached serves the next call
+        some, asked = (region, spec) if whole else (region[rows], spec[rows])
+        state = start(
+            network, some, dtype=dtype, rigorous=rigorous, memory=limit, statistics=statistics
+        )
+        return run(state, asked)
 
-def _row_bytes(network: Network, dtype: torch.dtype) -> int:
-    """Working memory of one backward row: its widest value, a few times over."""
-    return 6 * dtype.itemsize * max(math.prod(network.input_shape), network.graph.widest)
-
-
-def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dtype) -> int:
-    """How many examples to take at a time: their values and intervals, and the functionals' rows."""
-    row = _row_bytes(network, dtype)
-    values = len(network.graph.nodes) * row
-    return max(1, (memory or DEFAULT_MEMORY) // (row * max(spec.C.shape[1], 2) + values))
+    least = row_bytes(network, dtype)
+    return joined(in_parts(part, count, size=size, memory=memory, least=least), 0)
 
 
 # -- the three readings ------------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ def _crown_ibp(state: State, spec: Spec) -> Tensor:
 
 def _crown(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    propagate(state, tighten=_tightener(state), until=state.network.graph.output)
+    propagate(state, tighten=tightener(state), until=state.network.graph.output)
     return _functionals(state, C, d)
 
 
@@ -223,7 +227,7 @@ def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
 def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) -> Tensor:
     """The better of the bounds before the tail (if given) and at the input for rows C of the output: (B, M)."""
     output = state.network.graph.output
-    row = _row_bytes(state.network, state.dtype)
+    row = row_bytes(state.network, state.dtype)
     A = C.transpose(0, 1)
     parts = [
         joined(
@@ -256,7 +260,7 @@ def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, s
         first = last
 
 
-def _tightener(state: State) -> Callable[[State, Node], None]:
+def tightener(state: State) -> Callable[[State, Node], None]:
     """Improve, before a nonlinear node reads them, the intervals of its operands' elements that matter."""
     status = exactness(state)
     box = math.isinf(state.region.p)
@@ -297,7 +301,7 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     low, high = (flat(end) for end in state.boxes[name])
     lows, highs = [], []
-    row = _row_bytes(state.network, state.dtype)
+    row = row_bytes(state.network, state.dtype)
     small = elements(state.network.graph, state.env, name, state.network.input_shape)
     if small is not None:
         row = min(row, 6 * state.dtype.itemsize * small)

@@ -269,24 +269,25 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
         shape = state.shape(node.operands[index])
         back = kind.transpose(stacked, index, shape, *args, **kwargs) if kind.transpose else None
         if back is None:
-            back = _vjp(node, stacked, index, shape, args, kwargs)
+            back = vjp(node.op, stacked, index, shape, args, kwargs)
         parts[index] = back.reshape(*A.shape[:2], *shape)
     return parts, bias
 
 
-def _vjp(
-    node: Node,
+def vjp(
+    op: Callable[..., Tensor],
     A: Tensor,
     index: int,
     shape: tuple[int, ...],
     args: list[Any],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """AᵀL by automatic differentiation; rows are a batch, since examples do not mix."""
+    """AᵀL by automatic differentiation; rows are a batch, since examples do not mix. The op need only be linear where
+    its argument is positive."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = A.new_zeros((len(A), *shape)).requires_grad_()
-        y = node.op(*at(args, {index: x}), **kwargs)
+        x = A.new_ones((len(A), *shape)).requires_grad_()
+        y = op(*at(args, {index: x}), **kwargs)
         (rows,) = torch.autograd.grad(y, x, A, create_graph=differentiable)
     return rows
 
