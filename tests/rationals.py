@@ -22,6 +22,7 @@ from calipers.graph.graph import Network, Ref
 from calipers.spec import Spec
 
 PLACES = Fraction(1, 10**50)  # roots and exponentials are right to more digits than that
+FAR = Fraction(2000)  # the sigmoid there is 0 or 1 but for 10^-868
 TEN = Context(prec=60, Emax=10**9, Emin=-(10**9))
 Values = Any  # arrays of rationals
 
@@ -59,7 +60,7 @@ def each(f: Callable[[Fraction], Fraction]) -> Callable[[Values], Values]:
 
 
 def sigmoid(value: Fraction) -> Fraction:
-    return 1 / (1 + exponential(-value))
+    return 1 / (1 + exponential(-max(min(value, FAR), -FAR)))
 
 
 def tanh(value: Fraction) -> Fraction:

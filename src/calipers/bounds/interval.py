@@ -98,12 +98,15 @@ def _affine(
         if not gamma:
             return Interval(low, high)
         size = op(*absolute(_with(state, step, map(magnitude, boxes))), **kwargs) * gamma
+        size = size + state.tiny
         return Interval(low - size, high + size)
     # a refined operand is no longer centred on its reference, and is narrower around its own centre
     center = reference if centred else op(*_with(state, step, map(_center, boxes)), **kwargs)
     gamma = state.gamma(max(terms, 1))  # centre and radius round even where the op does not
     widths = [_width(state, name, gamma) for name in step.reads]
     width = kind.magnitude(2 * gamma, *_with(state, step, widths), **kwargs)
+    if gamma:
+        width = width + 4 * state.tiny
     return Interval(torch.sub(center, width, alpha=0.5), torch.add(center, width, alpha=0.5))
 
 
@@ -120,7 +123,7 @@ def _width(state: State, name: str, gamma: float) -> Tensor:
     box, width = state.boxes[name], state.widths.get(name)
     if width is None:
         width = box.upper - box.lower
-    return width + 2 * gamma * magnitude(box) if gamma else width
+    return width + (2 * gamma * magnitude(box) + 2 * state.tiny) if gamma else width
 
 
 def _activation(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
@@ -130,9 +133,11 @@ def _activation(state: State, step: Step, args: list[Any], kwargs: Mapping[str, 
     gamma = state.gamma(1) * kind.ulps
     if not gamma:
         return image
-    return Interval(
-        image.lower - gamma * image.lower.abs(), image.upper + gamma * image.upper.abs()
-    )
+    return _outward(image.lower, image.upper, gamma, state.tiny)
+
+
+def _outward(low: Tensor, high: Tensor, gamma: float, tiny: float) -> Interval:
+    return Interval(low - (gamma * low.abs() + tiny), high + (gamma * high.abs() + tiny))
 
 
 def _bilinear(state: State, step: Step, _args: list[Any], _kwargs: Mapping[str, Any]) -> Interval:
@@ -142,11 +147,7 @@ def _bilinear(state: State, step: Step, _args: list[Any], _kwargs: Mapping[str, 
     for product in products[1:]:
         low, high = torch.minimum(low, product), torch.maximum(high, product)
     gamma = state.gamma(1)
-    return (
-        Interval(low - gamma * low.abs(), high + gamma * high.abs())
-        if gamma
-        else Interval(low, high)
-    )
+    return _outward(low, high, gamma, state.tiny) if gamma else Interval(low, high)
 
 
 def _extremum(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:

@@ -191,7 +191,7 @@ def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
     low, high = low.unsqueeze(1), high.unsqueeze(1)
     value = (C.clamp_min(0) * low).sum(-1) + (C.clamp_max(0) * high).sum(-1) + d
     size = (C.abs() * torch.maximum(low.abs(), high.abs())).sum(-1) + d.abs()
-    return value - state.gamma(C.shape[-1] + 1) * size
+    return value - (state.gamma(C.shape[-1] + 1) * size + state.tiny)
 
 
 def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
@@ -200,7 +200,8 @@ def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     value = torch.baddbmm(d.unsqueeze(-1), C, z.unsqueeze(-1))
     gamma = state.gamma(C.shape[-1] + 2)
     if gamma:
-        value = value - gamma * torch.baddbmm(d.abs().unsqueeze(-1), C.abs(), z.abs().unsqueeze(-1))
+        size = torch.baddbmm(d.abs().unsqueeze(-1), C.abs(), z.abs().unsqueeze(-1))
+        value = value - (gamma * size + state.tiny)
     return value.squeeze(-1)
 
 
