@@ -125,7 +125,7 @@ def jacobian(
         )
         C, _ = check_spec(state, spec[rows])
         propagate(state, tighten=tightener(state) if tight else None)
-        step = max(1, state.budget // (4 * len(C) * row_bytes(network, chosen)))
+        step = max(1, state.budget // (4 * max(len(C), 1) * row_bytes(network, chosen)))
         cuts = [_pulled(state, C[:, i : i + step]) for i in range(0, C.shape[1], step)]
         return Interval(*(torch.cat(ends, 1) for ends in zip(*cuts, strict=True)))
 

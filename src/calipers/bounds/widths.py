@@ -59,7 +59,8 @@ def layer_widths(
 ) -> tuple[LayerWidths, ...]:
     """Why a network cannot be certified, and where: a row per value that a nonlinear op reads, then the output.
 
-    CROWN refines only what can bend; where a neuron is stable its width is that of interval propagation.
+    CROWN refines only what can bend; where a neuron is stable, and at the output, its width is one interval step from
+    the layers before.
 
     Raises:
         UnsupportedOp, ValueError: as the bounds.

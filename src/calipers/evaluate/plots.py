@@ -162,7 +162,9 @@ def _axis(
         to = _scale(np.log10(np.array([low, high])), first, last)
         powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
         step = 1 + len(powers) // 8
-        ticks = [10.0**k for k in powers if k % step == 0 and low / 1.01 <= 10.0**k <= high * 1.01]
+        digits = (1, 2, 5) if len(powers) <= 4 else (1,)
+        ticks = [d * 10.0**k for k in powers if k % step == 0 for d in digits]
+        ticks = [tick for tick in ticks if low / 1.01 <= tick <= high * 1.01]
         return lambda value: to(float(np.log10(value))), ticks
     span = high - low if high > low else 1.0
     unit = 10.0 ** np.floor(np.log10(span / 4))
