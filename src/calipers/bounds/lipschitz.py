@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.bounds.interval import candidates, propagate
@@ -32,35 +32,13 @@ from calipers.bounds.state import (
 from calipers.errors import UnsupportedOp
 from calipers.graph.graph import Network
 from calipers.ops import Step
+from calipers.ops.activations import CURVES
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
+from calipers.ops.smooth import Curve, steepest, undefined
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 
 DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
-
-
-@dataclass(frozen=True)
-class Smooth:
-    """The derivative of a smooth activation, and where that is stationary: its range over an interval is spanned by the
-    ends and by those points in between."""
-
-    derivative: Callable[..., Tensor]
-    stationary: tuple[float, ...] = ()
-    ulps: float = 16.0
-
-
-def _sigmoid_slope(z: Tensor) -> Tensor:
-    return torch.sigmoid(z) * torch.sigmoid(-z)
-
-
-def _tanh_slope(z: Tensor) -> Tensor:
-    return 4 * _sigmoid_slope(2 * z)
-
-
-SMOOTH: dict[Callable[..., Any], Smooth] = {
-    torch.sigmoid: Smooth(_sigmoid_slope, (0.0,)),
-    torch.tanh: Smooth(_tanh_slope, (0.0,)),
-}
 
 
 def lipschitz(
@@ -97,10 +75,10 @@ def lipschitz(
     low, high = jacobian(
         network, region, spec, tight=tight, dtype=dtype, rigorous=rigorous, memory=memory
     )
-    steepest = torch.maximum(low.abs(), high.abs()).flatten(2)
-    found: Tensor = torch.linalg.vector_norm(steepest, ord=DUAL[norm], dim=-1)
+    size = torch.maximum(low.abs(), high.abs()).flatten(2)
+    found: Tensor = torch.linalg.vector_norm(size, ord=DUAL[norm], dim=-1)
     finfo = torch.finfo(found.dtype)
-    return found * (1 + (steepest.shape[-1] + 8) * finfo.eps) + finfo.tiny if rigorous else found
+    return found * (1 + (size.shape[-1] + 8) * finfo.eps) + finfo.tiny if rigorous else found
 
 
 def jacobian(
@@ -221,7 +199,7 @@ def _back(state: State, step: Step, center: Tensor, radius: Tensor) -> dict[int,
     return rule(state, step, center, radius)
 
 
-REMEDY = "Lipschitz constants need the range of its slope (calipers.bounds.lipschitz.SMOOTH)"
+REMEDY = "Lipschitz constants need the range of its slope (pieces, or steepest, in the op table)"
 
 
 def _affine(state: State, step: Step, center: Tensor, radius: Tensor) -> dict[int, Ball]:
@@ -277,17 +255,28 @@ def slopes(op: Callable[..., Any], kind: Activation, x: Interval, *args: Any) ->
             low = torch.where(met, low.clamp(max=value), low)
             high = torch.where(met, high.clamp(min=value), high)
         return Interval(low, high)
-    smooth = SMOOTH.get(op)
-    if smooth is None:
+    if op in CURVES:
+        low, high = _curved(CURVES[op], x)
+        jump = (
+            1e-6 if op is F.hardswish else 0.0
+        )  # whose stretches stop short of where its slope jumps
+        return Interval(low - jump, high + jump)
+    if kind.steepest is None:
         return None
-    first, second = (smooth.derivative(end, *args) for end in x)
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
-    for place in smooth.stationary:
-        at_place = smooth.derivative(x.lower.new_tensor(place), *args)
-        inside = (x.lower <= place) & (x.upper >= place)
-        low = torch.where(inside, torch.minimum(low, at_place), low)
-        high = torch.where(inside, torch.maximum(high, at_place), high)
-    return Interval(low, high)
+    size = kind.steepest(x, *args)
+    return Interval(-size, size)
+
+
+def _curved(curve: Curve, x: Interval) -> Interval:
+    """A slope is monotone on every stretch, so its range is spanned by the ends and by where stretches meet."""
+    if callable(curve.concave) or callable(curve.convex):
+        size = steepest(curve, x)
+        return Interval(-size, size)
+    ends = {e for piece in (*curve.concave, *curve.convex) for e in piece if math.isfinite(e)}
+    points = [*x, *(x.lower.clamp_min(end).minimum(x.upper) for end in sorted(ends))]
+    found = torch.stack([curve.slope(point) for point in points])
+    lost = undefined(curve, x)
+    return Interval(*(torch.where(lost, math.nan, end) for end in (found.amin(0), found.amax(0))))
 
 
 def _slopes_of(state: State, step: Step) -> Ball:
@@ -304,8 +293,11 @@ def _slopes_of(state: State, step: Step) -> Ball:
     unknown = torch.isnan(box.lower) | torch.isnan(box.upper) | (low > high)
     center, radius = (low + high) / 2, (high - low) / 2
     radius = torch.where(unknown, math.nan, radius)
-    ulps = SMOOTH[node.op].ulps if kind.pieces is None else 1.0
-    return _rounded(state, center, radius, 2 + int(ulps))
+    if (
+        state.rigorous and kind.pieces is None
+    ):  # slopes are sums of terms of about 1 that may cancel
+        radius = radius + state.gamma(32) * (1 + center.abs() + radius)
+    return _rounded(state, center, radius, 4)
 
 
 def _activation(state: State, step: Step, center: Tensor, radius: Tensor) -> dict[int, Ball]:
