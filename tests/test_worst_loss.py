@@ -122,7 +122,7 @@ def test_several_classes_against_the_corners() -> None:
     )
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", ["interval", "crown_ibp", "dual", "crown"])
 def test_gradients(method: str) -> None:
     network = networks.mlp(3, (2, 3, 3))
     module: Any = network.module.double()
