@@ -80,6 +80,29 @@ def test_curves_and_restarts_are_to_scale() -> None:
     assert all(plots.GAP <= float(c.attrib["cy"]) <= plots.HEIGHT - plots.BOTTOM for c in circles)
 
 
+def test_lines_are_to_scale_on_both_kinds_of_axes() -> None:
+    series = {
+        "a <b>": [(1e-3, 1.0), (1e-2, 3.0), (1e-1, math.nan)],
+        "c": [(1e-1, 2.0), (-1.0, 0.0)],
+    }
+    tree = parse(plots.lines(series, "eps", "margin", log="x"))
+    first = tree.find(f"{SVG}polyline")
+    assert first is not None
+    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in first.attrib["points"].split())
+    ends = plots.LEFT + plots.GAP, plots.WIDTH - 2 * plots.GAP
+    assert x0 == pytest.approx(ends[0])
+    assert x1 == pytest.approx(sum(ends) / 2)  # the middle of 1e-3 and 1e-1 on a logarithmic axis
+    assert y0 == pytest.approx(plots.HEIGHT - plots.BOTTOM - 8)
+    assert y1 == pytest.approx(plots.GAP + 8)
+    texts = [text.text for text in tree.iter(f"{SVG}text")]
+    assert {"a <b>", "c", "eps", "margin", "0.001", "0.01", "0.1", "1.5", "3"} <= set(texts)
+    assert len(tree.findall(f"{SVG}circle")) == 2 + 1 + 2  # no point at a negative x, nor at NaN
+    dots = parse(plots.lines(series, "eps", "margin", log="xy", joined=False))
+    assert dots.find(f"{SVG}polyline") is None
+    with pytest.raises(ValueError, match="no finite point"):
+        plots.lines({"a": [(0.0, math.inf)]}, "x", "y")
+
+
 def test_constant_values_and_no_change_are_drawn_too() -> None:
     parse(plots.curves(torch.ones(4, 2)))
     parse(plots.spread(torch.ones(1, 1)))

@@ -10,6 +10,7 @@ CalipersError
 ├── RegionError         a region is empty, malformed, or lacks an operation
 ├── SoundnessError      two methods contradict each other: a bug, never a property of the model
 ├── SolverError         an external solver failed
+├── MemoryLimit         a single example does not fit into memory
 └── StoreMismatch       a stored run belongs to another model, data, threat or version
 
 A wrong *argument* (a negative radius, an unknown name) is a ``ValueError`` that names the argument and
@@ -69,6 +70,10 @@ class SoundnessError(CalipersError):
 
 class SolverError(CalipersError):
     """An external solver failed; its verdict does not count."""
+
+
+class MemoryLimit(CalipersError, MemoryError):
+    """Not even a single example fits into memory; nothing is known about it."""
 
 
 class StoreMismatch(CalipersError):

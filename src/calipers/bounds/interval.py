@@ -7,6 +7,7 @@ product: the width's own map carries gamma_n·|centre| along.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -97,12 +98,15 @@ def _affine(
         if not gamma:
             return Interval(low, high)
         size = op(*absolute(_with(state, step, map(magnitude, boxes))), **kwargs) * gamma
+        size = size + state.tiny
         return Interval(low - size, high + size)
     # a refined operand is no longer centred on its reference, and is narrower around its own centre
     center = reference if centred else op(*_with(state, step, map(_center, boxes)), **kwargs)
     gamma = state.gamma(max(terms, 1))  # centre and radius round even where the op does not
     widths = [_width(state, name, gamma) for name in step.reads]
     width = kind.magnitude(2 * gamma, *_with(state, step, widths), **kwargs)
+    if gamma:
+        width = width + 4 * state.tiny
     return Interval(torch.sub(center, width, alpha=0.5), torch.add(center, width, alpha=0.5))
 
 
@@ -119,7 +123,7 @@ def _width(state: State, name: str, gamma: float) -> Tensor:
     box, width = state.boxes[name], state.widths.get(name)
     if width is None:
         width = box.upper - box.lower
-    return width + 2 * gamma * magnitude(box) if gamma else width
+    return width + (2 * gamma * magnitude(box) + 2 * state.tiny) if gamma else width
 
 
 def _activation(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
@@ -129,9 +133,11 @@ def _activation(state: State, step: Step, args: list[Any], kwargs: Mapping[str, 
     gamma = state.gamma(1) * kind.ulps
     if not gamma:
         return image
-    return Interval(
-        image.lower - gamma * image.lower.abs(), image.upper + gamma * image.upper.abs()
-    )
+    return _outward(image.lower, image.upper, gamma, state.tiny)
+
+
+def _outward(low: Tensor, high: Tensor, gamma: float, tiny: float) -> Interval:
+    return Interval(low - (gamma * low.abs() + tiny), high + (gamma * high.abs() + tiny))
 
 
 def _bilinear(state: State, step: Step, _args: list[Any], _kwargs: Mapping[str, Any]) -> Interval:
@@ -141,16 +147,23 @@ def _bilinear(state: State, step: Step, _args: list[Any], _kwargs: Mapping[str, 
     for product in products[1:]:
         low, high = torch.minimum(low, product), torch.maximum(high, product)
     gamma = state.gamma(1)
-    return (
-        Interval(low - gamma * low.abs(), high + gamma * high.abs())
-        if gamma
-        else Interval(low, high)
-    )
+    return _outward(low, high, gamma, state.tiny) if gamma else Interval(low, high)
 
 
 def _extremum(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any]) -> Interval:
     x, rest = state.boxes[step.reads[0]], args[1:]
     return Interval(step.node.op(x.lower, *rest, **kwargs), step.node.op(x.upper, *rest, **kwargs))
+
+
+def candidates(kind: Extremum, box: Interval, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The flat positions (windows, k) of a maximum's windows, padding at 0, and which elements can be their window's
+    largest, (B, windows, k); an unknown one can."""
+    index = kind.windows(tuple(box.lower.shape[1:]), *args, **kwargs).to(box.lower.device)
+    index = index.reshape(-1, index.shape[-1])
+    where = index.clamp_min(0)
+    low = torch.where(index >= 0, box.lower.flatten(1)[:, where], -math.inf)
+    high = torch.where(index >= 0, box.upper.flatten(1)[:, where], -math.inf)
+    return where, ~(high < low.amax(-1, keepdim=True)) & (index >= 0)
 
 
 RULES: dict[type, Callable[..., Interval]] = {

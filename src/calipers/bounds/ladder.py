@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from torch import Tensor
 from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds
 from calipers.bounds.patches import elements
+from calipers.bounds.planner import examples, in_parts, row_bytes
 from calipers.bounds.state import (
-    DEFAULT_MEMORY,
     State,
     check_spec,
     flat,
@@ -118,10 +118,27 @@ def preactivations(
 
     Where a neuron is stable, or interval bounds are exact, intervals are all there is.
     """
-    dtype = working_dtype(network, None, dtype, rigorous=rigorous)
-    state = start(network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None)
-    propagate(state, tighten=tightener(state) if tight else None)
-    return state.boxes
+    chosen = working_dtype(network, None, dtype, rigorous=rigorous)
+
+    def part(rows: slice, limit: int) -> dict[str, Interval]:
+        some = region if rows == slice(0, len(region)) else region[rows]
+        state = start(network, some, dtype=chosen, rigorous=rigorous, memory=limit, statistics=None)
+        propagate(state, tighten=tightener(state) if tight else None)
+        return state.boxes
+
+    parts = in_parts(
+        part,
+        len(region),
+        size=examples(network, 1, memory, chosen),
+        memory=memory,
+        least=row_bytes(network, chosen),
+    )
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: Interval(*(torch.cat(ends) for ends in zip(*(p[name] for p in parts), strict=True)))
+        for name in parts[0]
+    }
 
 
 def neurons(network: Network) -> int:
@@ -147,31 +164,18 @@ def chunked(
     if spec.C.shape[0] != count:
         raise ValueError(f"spec: {len(spec)} examples for {count} regions")
     dtype = working_dtype(network, spec, dtype, rigorous=rigorous)
-    begin = partial(
-        start,
-        network,
-        dtype=dtype,
-        rigorous=rigorous,
-        memory=memory,
-        statistics=statistics,
-    )
-    size = _examples(network, spec, memory, dtype)
-    if count <= size:
-        return run(begin(region), spec)
-    parts = [run(begin(region[i : i + size]), spec[i : i + size]) for i in range(0, count, size)]
-    return torch.cat(parts)
+    size = examples(network, spec.C.shape[1], memory, dtype)
 
+    def part(rows: slice, limit: int) -> Tensor:
+        whole = rows == slice(0, count)  # then what the region has cached serves the next call
+        some, asked = (region, spec) if whole else (region[rows], spec[rows])
+        state = start(
+            network, some, dtype=dtype, rigorous=rigorous, memory=limit, statistics=statistics
+        )
+        return run(state, asked) if count else check_spec(state, asked)[1]  # of no example
 
-def row_bytes(network: Network, dtype: torch.dtype) -> int:
-    """Working memory of one backward row: its widest value, a few times over."""
-    return 6 * dtype.itemsize * max(math.prod(network.input_shape), network.graph.widest)
-
-
-def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dtype) -> int:
-    """How many examples to take at a time: their values and intervals, and the functionals' rows."""
-    row = row_bytes(network, dtype)
-    values = len(network.graph.nodes) * row
-    return max(1, (memory or DEFAULT_MEMORY) // (row * max(spec.C.shape[1], 2) + values))
+    least = row_bytes(network, dtype)
+    return joined(in_parts(part, count, size=size, memory=memory, least=least), 0)
 
 
 # -- the three readings ------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
     low, high = low.unsqueeze(1), high.unsqueeze(1)
     value = (C.clamp_min(0) * low).sum(-1) + (C.clamp_max(0) * high).sum(-1) + d
     size = (C.abs() * torch.maximum(low.abs(), high.abs())).sum(-1) + d.abs()
-    return value - state.gamma(C.shape[-1] + 1) * size
+    return value - (state.gamma(C.shape[-1] + 1) * size + state.tiny)
 
 
 def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
@@ -203,7 +207,8 @@ def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     value = torch.baddbmm(d.unsqueeze(-1), C, z.unsqueeze(-1))
     gamma = state.gamma(C.shape[-1] + 2)
     if gamma:
-        value = value - gamma * torch.baddbmm(d.abs().unsqueeze(-1), C.abs(), z.abs().unsqueeze(-1))
+        size = torch.baddbmm(d.abs().unsqueeze(-1), C.abs(), z.abs().unsqueeze(-1))
+        value = value - (gamma * size + state.tiny)
     return value.squeeze(-1)
 
 

@@ -90,9 +90,9 @@ def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = 
     z = flat(state.env[name]).gather(1, index.T).T
     low, high = _Pull(state, name, chosen).elements_at(index)
     # adding the reference value rounds once more
-    slack = (
-        state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) if state.rigorous else 0.0
-    )
+    slack: Tensor | float = 0.0
+    if state.rigorous:
+        slack = state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) + state.tiny
     return Interval(z + low - slack, z + high + slack)
 
 
@@ -163,6 +163,13 @@ class _Pull:
             node = linear
         else:
             parts, bias = _activation(state, kind, node, A, split)
+        lost = _underflow(state, step, node)
+        if lost is not None:
+            bias = (
+                (-lost).expand(_count(next(iter(parts.values()))), -1)
+                if bias is None
+                else bias - lost
+            )
         if bias is not None:
             self.bias = bias if self.bias is None else self.bias + bias
         for index, rows in parts.items():
@@ -176,6 +183,10 @@ class _Pull:
         self.rows = {k: _mirrored(v) for k, v in self.rows.items()}
         if isinstance(self.bias, Tensor):  # so far only rounding, the same for both
             self.bias = torch.cat([self.bias, self.bias])
+
+
+def _count(A: Rows) -> int:
+    return (A if isinstance(A, Tensor) else A.data).shape[0]
 
 
 def _mirrored(A: Rows) -> Rows:
@@ -224,7 +235,7 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
             return _over_region(state, name, A)
         low = -dot(A, size, size=True)
         count = math.prod(A.shape[2:])
-    return low * (1 + state.gamma(count + 4)) if state.rigorous else low
+    return low * (1 + state.gamma(count + 4)) - state.tiny if state.rigorous else low
 
 
 def _over_region(state: State, name: str, A: Tensor) -> Tensor:
@@ -236,7 +247,15 @@ def _over_region(state: State, name: str, A: Tensor) -> Tensor:
     if not state.rigorous:
         return low
     size = state.once("deviation", name, _deviation)
-    return low - state.gamma(math.prod(A.shape[2:]) + 4) * dot(A, size, size=True)
+    far = dot(A, size, size=True)
+    gamma = state.gamma(math.prod(A.shape[2:]) + 4)
+    if state.region.p == 2 and bool((state.region.outer_eps < _SQUARES[state.dtype]).any()):
+        low = -far  # the ball's own value has squares that underflow
+    return low - (gamma * far + 4 * state.tiny)
+
+
+# radii from here on have squares that keep their digits
+_SQUARES = {torch.float32: 1e-13, torch.float64: 1e-146}
 
 
 def _deviation(state: State, name: str) -> Tensor:
@@ -285,24 +304,25 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
         shape = state.shape(node.operands[index])
         back = kind.transpose(stacked, index, shape, *args, **kwargs) if kind.transpose else None
         if back is None:
-            back = _vjp(node, stacked, index, shape, args, kwargs)
+            back = vjp(node.op, stacked, index, shape, args, kwargs)
         parts[index] = back.reshape(*A.shape[:2], *shape)
     return parts, bias
 
 
-def _vjp(
-    node: Node,
+def vjp(
+    op: Callable[..., Tensor],
     A: Tensor,
     index: int,
     shape: tuple[int, ...],
     args: list[Any],
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """AᵀL by automatic differentiation; rows are a batch, since examples do not mix."""
+    """AᵀL by automatic differentiation; rows are a batch, since examples do not mix. The op need only be linear where
+    its argument is positive."""
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        x = A.new_zeros((len(A), *shape)).requires_grad_()
-        y = node.op(*at(args, {index: x}), **kwargs)
+        x = A.new_ones((len(A), *shape)).requires_grad_()
+        y = op(*at(args, {index: x}), **kwargs)
         (rows,) = torch.autograd.grad(y, x, A, create_graph=differentiable)
     return rows
 
@@ -325,11 +345,33 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
         }
         with torch.no_grad():
             if kind.magnitude is not None:
-                return gamma * kind.magnitude(1.0, *at(args, sizes), **kwargs)
+                return gamma * kind.magnitude(1.0, *at(args, sizes), **kwargs) + state.tiny
             size: Tensor = node.op(*absolute(at(args, sizes)), **kwargs)
-            return gamma * size
+            return gamma * size + state.tiny
 
     return state.once("noise", node.name, make)
+
+
+def _underflow(state: State, step: Step, last: Node) -> Tensor | None:
+    """What rows may lose at a step by underflow, whatever their size: each coefficient up to `State.tiny`, times the
+    deviation that it multiplies, and the bias as much: (B,). ``last``: a node before it that the step took along."""
+    if not state.rigorous:
+        return None
+
+    def make(state: State, name: str) -> Tensor:
+        read = [k for k in state.network.graph.node[name].operands if k in state.boxes]
+        far = [flat(_deviation(state, k)).sum(1) for k in dict.fromkeys(read)]
+        return (2 * sum(far[1:], far[0]) + 4) * state.tiny
+
+    nodes = [step.node] if last is step.node else [step.node, last]
+    kinds = [state.kind(node) for node in nodes]
+    rounds = [
+        node.name
+        for node, kind in zip(nodes, kinds, strict=True)
+        if not isinstance(kind, Affine) or kind.terms(*(a := state.arguments(node))[0], **a[1])
+    ]
+    losses = [state.once("underflow", name, make) for name in rounds]
+    return sum(losses[1:], losses[0]) if losses else None
 
 
 # -- activations --------------------------------------------------------------------------------------------
@@ -369,7 +411,7 @@ def deviations(
             # the lines themselves, and the sums over all neurons that their offsets will enter
             rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
             sums = state.gamma(math.prod(node.shape)) * (low.abs() + high.abs() + rounding)
-            rounding = rounding + sums
+            rounding = rounding + sums + state.tiny
         low, high = low - rounding, high + rounding
     return Lines(lines.lower_slope, low, lines.upper_slope, high)
 

@@ -41,7 +41,7 @@ def bilinear(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor]:
     gamma = state.gamma(out[0].numel() + 16)
     if gamma:
         xm, ym = torch.maximum(xl.abs(), xu.abs()), torch.maximum(yl.abs(), yu.abs())
-        bias = bias - dot(A, gamma * 4 * (xm * ym + out.abs()), size=True)
+        bias = bias - dot(A, gamma * 4 * (xm * ym + out.abs()) + 4 * state.tiny, size=True)
     parts: Parts = {}
     for i, slope in enumerate((0, 1)):
         rows = plus * low[slope] + minus * high[slope]
@@ -95,6 +95,7 @@ def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
         slack = gamma * (
             top.abs() + bottom.abs() + torch.where(crossing, rest.abs(), 0.0) + out.abs()
         )
+        slack = slack + 4 * state.tiny
         low_gap, high_gap = low_gap - slack, high_gap + slack
     return _Windows(low_at, low_gap, high_at, slope, high_gap)
 

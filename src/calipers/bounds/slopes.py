@@ -23,11 +23,11 @@ from calipers.bounds.ladder import (
     nonlinear_operands,
     parts,
     refine,
-    row_bytes,
     tightener,
 )
 from calipers.bounds.linear import both_bounds, deviations, look, lower_bounds
 from calipers.bounds.patches import Patch, Rows
+from calipers.bounds.planner import row_bytes
 from calipers.bounds.state import State, check_spec, flat, joined
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Activation, Lines

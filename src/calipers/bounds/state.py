@@ -88,6 +88,12 @@ class State:
         product = (n + 2) * unit
         return 2 * product / (1 - product) if product < 0.5 else math.inf
 
+    @property
+    def tiny(self) -> float:
+        """What sums of products may lose by underflow: one product loses at most half the smallest number, which this
+        exceeds 2^24 times or more, and longer sums have no `gamma`. Zero where rounding is not accounted for."""
+        return torch.finfo(self.dtype).tiny if self.rigorous else 0.0
+
     def kind(self, node: Node) -> Kind:
         kind = self.facts.kinds[node.name]
         if kind is None:  # `start` has refused such graphs
@@ -270,11 +276,18 @@ def require_ieee(dtype: torch.dtype, device: torch.device) -> None:
     """Refuse settings under which sums of products round more than their dtype promises.
 
     Raises:
-        ValueError: autocast is on; or float32 with reduced-precision products allowed, or away from the CPU, where
-            libraries may use transforms (Winograd) with other error bounds. Float64 has none of these.
+        ValueError: autocast is on; or subnormal numbers are flushed to zero; or float32 with reduced-precision
+            products allowed, or away from the CPU, where libraries may use transforms (Winograd) with other error
+            bounds. Float64 has none of the latter.
     """
     if torch.is_autocast_enabled(device.type):
         raise ValueError("rigorous: autocast is on; leave it before computing bounds for a verdict")
+    if dtype.itemsize >= 4:
+        smallest = torch.full((), torch.finfo(dtype).tiny, dtype=dtype, device=device)
+        if not smallest / 2 > 0:
+            raise ValueError(
+                "rigorous: subnormal numbers are flushed to zero; call torch.set_flush_denormal(False)"
+            )
     if dtype.itemsize >= 8:
         return
     if dtype != torch.float32 or device.type != "cpu":

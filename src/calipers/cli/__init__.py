@@ -109,7 +109,13 @@ def audit(
         str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+        str | None,
+        typer.Option(
+            "--memory",
+            "--max-memory",
+            metavar="SIZE",
+            help="Working memory to plan for: 500MB, 2GB.",
+        ),
     ] = None,
     methods: Annotated[
         str | None,
@@ -328,11 +334,24 @@ def inspect(
     ],
     weights: Weights = None,
     input_shape: InputShape = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Also show, on these data, where bounds widen: digits, mnist, an .npz."),
+    ] = None,
+    data_dir: DataDir = None,
+    norm: Norm = "linf",
+    eps: Eps = "0.1",
+    samples: Annotated[int, typer.Option(help="Average over the first examples of the data.")] = 10,
 ) -> None:
-    """Layers, parameters, operators of MODEL, and what each method supports."""
+    """Layers, parameters, operators of MODEL, and what each method supports; with --data, how wide bounds are, layer by
+    layer."""
     from calipers.cli import commands
 
-    commands.inspect(model, weights, input_shape)
+    if data is None:
+        commands.inspect(model, weights, input_shape)
+        return
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, eps)
+    commands.inspect_widths(subject, samples)
 
 
 @app.command()

@@ -30,7 +30,7 @@ from calipers.evaluate.audit import bytes_of
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.store import write_atomically
-from calipers.graph.graph import Network
+from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
 from calipers.sets import ThreatModel
 from calipers.zoo import ZOO
@@ -136,7 +136,25 @@ def explain(subject: Subject, *, index: int, seed: int) -> None:
 
 
 def inspect(model: str, weights: Path | None, input_shape: str | None) -> None:
-    network = load_model(model, weights, shape_of(input_shape))
+    _facts(load_model(model, weights, shape_of(input_shape)))
+
+
+def inspect_widths(subject: Subject, samples: int) -> None:
+    from calipers.bounds.widths import layer_widths
+    from calipers.evaluate.tables import widths_table
+
+    if samples < 1:
+        raise ValueError(f"--samples: {samples} is no number of examples; give at least 1")
+    network, data, threat = subject.load()
+    _facts(network)
+    x = data.x[:samples].to(network.device)
+    with evaluating(network.module):
+        rows = layer_widths(network, threat.around(x))
+    title = f"Intervals on {len(x)} of {data.name}, {threat.describe()}"
+    console().print("", widths_table(rows, title), sep="\n")
+
+
+def _facts(network: Network) -> None:
     from calipers.graph.inspect import inspect as inspect_network
 
     out = console()

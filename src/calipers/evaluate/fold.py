@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.deployed import deviation
+from calipers.bounds.planner import out_of_memory
 from calipers.bracket import Bracket, Evidence, Model, Verdict, witness
 from calipers.errors import UnsupportedOp
 from calipers.evaluate.cascade import Stage
@@ -140,7 +141,7 @@ class _Run:
         except UnsupportedOp as error:
             self.note = f"skipped: {error}"
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             self.note = "stopped: out of memory"
         tried = torch.cat([r for r, _ in self.done]) if self.done else self.todo[:0]
@@ -261,10 +262,4 @@ def _join(parts: Sequence[Bracket]) -> Bracket:
         torch.cat([p.rounding for p in parts if p.rounding is not None]),
         tuple(e for p in parts for e in p.lower_evidence),
         tuple(e for p in parts for e in p.upper_evidence),
-    )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(
-        error
     )

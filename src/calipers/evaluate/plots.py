@@ -1,4 +1,4 @@
-"""Figures of attacks as SVG text that stands alone: what changes look like, how losses climb, how restarts spread.
+"""Figures as SVG text that stands alone: what attacks change, how losses climb, how restarts spread, lines and points.
 
 The numbers come from `calipers.gini`, `calipers.loss_curve` and `calipers.restart_losses`; nothing here is computed
 by other packages, and every name is escaped. Write the text to a file that ends in ``.svg``.
@@ -91,6 +91,86 @@ def spread(losses: Tensor, label: str = "final loss") -> str:
         for i, value in enumerate(row)
     ]
     return _framed(out, values, "example", label, f"{len(values)} restarts of each")
+
+
+COLOURS = ("#005ab5", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#b58900", "#000000", "#8a2be2")
+DASHES = ("", "6 3", "2 3", "8 3 2 3")
+Series = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def lines(series: Series, across: str, up: str, *, log: str = "", joined: bool = True) -> str:
+    """Named series of points (x, y), joined by lines or on their own; names stand in a legend beside them.
+
+    Args:
+        log: which axes are logarithmic: "", "x", "y" or "xy". Points that are not positive there are left out.
+
+    Raises:
+        ValueError: no point is left to draw.
+    """
+    kept = {name: _drawable(points, log) for name, points in series.items()}
+    xs, ys = ([p[i] for points in kept.values() for p in points] for i in (0, 1))
+    if not xs:
+        raise ValueError("series: no finite point to draw")
+    right, top = WIDTH - GAP, GAP
+    to_x, x_ticks = _axis(xs, LEFT + GAP, right - GAP, "x" in log)
+    to_y, y_ticks = _axis(ys, HEIGHT - BOTTOM - 8, top + 8, "y" in log)
+    out = [f'<path class="ink" d="M{LEFT} {top}V{HEIGHT - BOTTOM}H{right}"/>']
+    for tick in x_ticks:
+        out.append(f'<path class="frame" d="M{to_x(tick):.1f} {HEIGHT - BOTTOM}V{top}"/>')
+        out.append(_text(to_x(tick), HEIGHT - BOTTOM + 15, f"{tick:.4g}"))
+    for tick in y_ticks:
+        out.append(f'<path class="frame" d="M{LEFT} {to_y(tick):.1f}H{right}"/>')
+        out.append(_text(LEFT - 5, to_y(tick) + 4, f"{tick:.4g}", "end"))
+    for i, (name, points) in enumerate(kept.items()):
+        paint = COLOURS[i % len(COLOURS)]
+        places = [(to_x(x), to_y(y)) for x, y in points]
+        if joined:
+            dash = DASHES[i // len(COLOURS) % len(DASHES)]
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+            out.append(
+                f'<polyline points="{path}" fill="none" stroke="{paint}" stroke-width="1.8" '
+                f'stroke-dasharray="{dash}"/>'
+            )
+        out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6" fill="{paint}"/>' for a, b in places]
+        height = top + 12 + 17 * i
+        out.append(f'<circle cx="{WIDTH + 6:g}" cy="{height - 4:g}" r="4" fill="{paint}"/>')
+        out.append(_text(WIDTH + 15, height, name, "start"))
+    out.append(_text((LEFT + right) / 2, HEIGHT - 6, across))
+    middle = (HEIGHT - BOTTOM) / 2
+    out.append(f'<g transform="rotate(-90 14 {middle:g})">{_text(14, middle, up)}</g>')
+    width = WIDTH + 30 + 7.2 * max(map(len, kept))
+    return _svg(width, max(HEIGHT, top + 20 + 17 * len(kept)), out, f"{up} by {across}")
+
+
+def _drawable(points: Sequence[tuple[float, float]], log: str) -> list[tuple[float, float]]:
+    return [
+        (x, y)
+        for x, y in points
+        if np.isfinite(x)
+        and np.isfinite(y)
+        and (x > 0 or "x" not in log)
+        and (y > 0 or "y" not in log)
+    ]
+
+
+def _axis(
+    values: Sequence[float], first: float, last: float, log: bool
+) -> tuple[Callable[[float], float], list[float]]:
+    """From values to a coordinate, and the round numbers on the way: powers of ten, or multiples of 1, 2 or 5."""
+    low, high = min(values), max(values)
+    if log:
+        to = _scale(np.log10(np.array([low, high])), first, last)
+        powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+        step = 1 + len(powers) // 8
+        digits = (1, 2, 5) if len(powers) <= 4 else (1,)
+        ticks = [d * 10.0**k for k in powers if k % step == 0 for d in digits]
+        ticks = [tick for tick in ticks if low / 1.01 <= tick <= high * 1.01]
+        return lambda value: to(float(np.log10(value))), ticks
+    span = high - low if high > low else 1.0
+    unit = 10.0 ** np.floor(np.log10(span / 4))
+    step_ = next(unit * k for k in (1, 2, 5, 10) if span / (unit * k) <= 5)
+    ticks = [step_ * k for k in range(int(np.ceil(low / step_)), int(np.floor(high / step_)) + 1)]
+    return _scale(np.array([low, high]), first, last), ticks
 
 
 def _array(values: Tensor) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -13,6 +14,7 @@ from rich.text import Text
 from calipers.bracket import Verdict
 
 if TYPE_CHECKING:
+    from calipers.bounds.widths import LayerWidths
     from calipers.evaluate.explain import Explanation
     from calipers.evaluate.result import Audit
 
@@ -121,4 +123,37 @@ def explain_table(explanation: Explanation) -> Group:
         Text(f"{lower:+.6f} ≤ minimal margin ≤ {upper:+.6f} (gap {upper - lower:.3g})"),
         Text(verdict.value),
         table,
+    )
+
+
+def widths_table(rows: Sequence[LayerWidths], title: str) -> Group:
+    """A row per nonlinear layer: how wide its inputs' intervals are, and what share of its neurons may bend."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("layer", "reads"):
+        table.add_column(column)
+    table.add_column("neurons", justify="right")
+    for rung in rows[0].rungs:
+        for column in ("unstable", "mean width", "largest"):
+            table.add_column(f"{rung}\n{column}", justify="right")
+    for row in rows:
+        name = f"{row.op} {row.path}".strip() if row.op else "output"
+        cells = []
+        for width in row.rungs.values():
+            share = percent(width.unstable) if row.op else ""
+            cells += [share, f"{width.mean:.3g}", f"{width.largest:.3g}"]
+        table.add_row(escape(name), escape(row.name), f"{row.neurons:,}", *cells)
+    return Group(Text(title, style="bold"), table, Text(widest(rows), style="italic"))
+
+
+def widest(rows: Sequence[LayerWidths]) -> str:
+    """Where most of what can bend lies, in one sentence."""
+    bending = [(row, row.rungs["crown"].unstable * row.neurons) for row in rows if row.op]
+    total = sum(count for _, count in bending)
+    if not total:
+        return "No neuron is unstable: linear bounds lose nothing but by rounding."
+    row, most = max(bending, key=lambda pair: pair[1])
+    return (
+        f"{total:,.1f} neurons of an example are unstable for CROWN, {percent(most / total)} of them in "
+        f"{row.op} {row.path}".rstrip()
+        + "."
     )
