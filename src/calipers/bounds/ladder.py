@@ -112,13 +112,16 @@ def preactivations(
     dtype: torch.dtype | None = None,
     rigorous: bool = False,
     memory: int | None = None,
+    statistics: Statistics | None = None,
 ) -> dict[str, Interval]:
     """The interval of every value of the graph, by CROWN where it can help (``tight``) or by intervals alone.
 
     Where a neuron is stable, or interval bounds are exact, intervals are all there is.
     """
     dtype = working_dtype(network, None, dtype, rigorous=rigorous)
-    state = start(network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None)
+    state = start(
+        network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=statistics
+    )
     propagate(state, tighten=_tightener(state) if tight else None)
     return state.boxes
 
@@ -272,12 +275,12 @@ def _tightener(state: State) -> Callable[[State, Node], None]:
             done.add(name)
             if box and status[name] != "loose":
                 continue
-            _refine(state, name, _undecided(state, node, kind, name))
+            _refine(state, name, undecided(state, node, kind, name))
 
     return tighten
 
 
-def _undecided(
+def undecided(
     state: State, node: Node, kind: Activation | Bilinear | Extremum, name: str
 ) -> Tensor:
     """Mask of the elements (B, N) whose tighter bounds would tighten the node's relaxation."""
