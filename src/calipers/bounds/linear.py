@@ -37,6 +37,7 @@ def lower_bounds(
     tail: Collection[str] = (),
     *,
     last: bool = True,
+    chosen: dict[str, Choice] | None = None,
 ) -> list[Tensor]:
     """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
@@ -44,8 +45,9 @@ def lower_bounds(
         tail: values; if given there is one more bound, first in the list: where the walk leaves them, what it
             has reached is concretised by its intervals.
         last: go on to the input for one more bound.
+        chosen: lines of the rows' own, by node; nodes that it lacks are added.
     """
-    pull = _Pull(state, name)
+    pull = _Pull(state, name, chosen)
     pull.rows[name] = A
     totals = []
     if tail:
@@ -57,10 +59,12 @@ def lower_bounds(
     return totals
 
 
-def both_bounds(state: State, name: str, index: Tensor) -> Interval:
+def both_bounds(
+    state: State, name: str, index: Tensor, chosen: dict[str, Choice] | None = None
+) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
     z = flat(state.env[name]).gather(1, index.T).T
-    low, high = _Pull(state, name).elements_at(index)
+    low, high = _Pull(state, name, chosen).elements_at(index)
     # adding the reference value rounds once more
     slack = (
         state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) if state.rigorous else 0.0
@@ -71,8 +75,8 @@ def both_bounds(state: State, name: str, index: Tensor) -> Interval:
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
-    def __init__(self, state: State, name: str) -> None:
-        self.state, self.name = state, name
+    def __init__(self, state: State, name: str, chosen: dict[str, Choice] | None = None) -> None:
+        self.state, self.name, self.chosen = state, name, chosen
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | None = None
         self.elements = self.mirrored = False
@@ -127,6 +131,9 @@ class _Pull:
         bias: Tensor | None
         if not isinstance(kind, Activation):
             parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
+        elif self.chosen is not None:
+            rows = _mirrored(A) if split else A
+            parts, bias = _chosen(state, kind, node, rows, self.chosen)
         elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, A.shape[0])):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
@@ -322,16 +329,38 @@ class _Relaxed(NamedTuple):
     gap: Tensor
 
 
-def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+class Choice(NamedTuple):
+    """Lines chosen for each row (see `Tuned`), of the rows' shape, and what they are made of there."""
+
+    lower: Tensor
+    upper: Tensor
+    box: Interval
+    z: Tensor
+    out: Tensor
+
+    def leaves(self) -> list[Tensor]:
+        """What can be optimised."""
+        both = [self.lower] if self.upper is self.lower else [self.lower, self.upper]
+        return [v for v in both if v.requires_grad]
+
+
+def _deviations(
+    state: State,
+    kind: Activation,
+    node: Node,
+    box: Interval,
+    z: Tensor,
+    out: Tensor,
+    choice: tuple[Tensor, Tensor] | None,
+) -> Lines:
+    """The lines of an activation in deviations from the reference: offsets at the reference, less the output there."""
     args, kwargs = state.arguments(node)
-    z, out = args[0], state.env[node.name]
-    box = state.boxes[node.operands[0]]
-    lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    if choice is None or kind.tuned is None:
+        lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    else:
+        lines = kind.tuned.lines(box, *choice, *args[1:], **kwargs)
     low = torch.addcmul(lines.lower_offset - out, lines.lower_slope, z)
     high = torch.addcmul(lines.upper_offset - out, lines.upper_slope, z)
-    gap, bend = high - low, lines.upper_slope - lines.lower_slope
-    mid = torch.add(lines.lower_slope, bend, alpha=0.5)
-    offset = torch.add(low, gap, alpha=0.5)
     if state.rigorous:
         with torch.no_grad():
             size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
@@ -339,9 +368,88 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
             offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
             # the lines themselves, and the sums over all neurons that their offsets will enter
             rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
-            sums = state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
-            gap = gap + 2 * (rounding + sums)
+            sums = state.gamma(math.prod(node.shape)) * (low.abs() + high.abs() + rounding)
+            rounding = rounding + sums
+        low, high = low - rounding, high + rounding
+    return Lines(lines.lower_slope, low, lines.upper_slope, high)
+
+
+def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+    args, _ = state.arguments(node)
+    box, out = state.boxes[node.operands[0]], state.env[node.name]
+    choice = state.choose(kind, box, args[1:]) if state.choose else None
+    lower_slope, low, upper_slope, high = _deviations(state, kind, node, box, args[0], out, choice)
+    gap, bend = high - low, upper_slope - lower_slope
+    mid, offset = torch.add(lower_slope, bend, alpha=0.5), torch.add(low, gap, alpha=0.5)
     return _Relaxed(mid, bend, offset, gap)
+
+
+class _Bend(torch.autograd.Function):
+    """A ↦ A⁺·lower + A⁻·upper, slopes and offsets alike: (rows, bias of each row).
+
+    Written out because optimising lines spends its time here: the sides are picked once, and little is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, low_slope: Tensor, low: Tensor, up_slope: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        positive = A >= 0
+        slope = torch.where(positive, low_slope, up_slope)
+        offset = torch.where(positive, low, high)
+        ctx.save_for_backward(A, slope, offset)
+        ctx.shapes = [v.shape for v in (low_slope, low, up_slope, high)]
+        return A * slope, (A * offset).flatten(2).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        A, slope, offset = ctx.saved_tensors
+        rows, bias = grads
+        bias = bias.reshape(*bias.shape, *[1] * (A.ndim - 2))
+        found: list[Tensor | None] = [None] * 5
+        if ctx.needs_input_grad[0]:
+            found[0] = torch.addcmul(rows * slope, bias, offset)
+        for side, first in ((A.clamp_min(0), 1), (A.clamp_max(0), 3)):
+            for i, grad in ((first, rows), (first + 1, bias)):
+                if ctx.needs_input_grad[i]:
+                    found[i] = (side * grad).sum_to_size(ctx.shapes[i - 1])
+        return tuple(found)
+
+
+def _chosen(
+    state: State, kind: Activation, node: Node, A: Rows, chosen: dict[str, Choice]
+) -> tuple[Parts, Tensor]:
+    """`_activation` with lines of each row's own: those of ``chosen``, which begin where `Tuned.start` says."""
+    if node.name not in chosen:
+        chosen[node.name] = _choice(state, kind, node, A)
+    c = chosen[node.name]
+    lines = _deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
+    data = patches.clip(A, node.shape).data if isinstance(A, Patch) else A
+    rows, bias = _Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
+    return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
+
+
+def _choice(state: State, kind: Activation, node: Node, A: Rows) -> Choice:
+    args, _ = state.arguments(node)
+    box = state.boxes[node.operands[0]]
+    values: tuple[Tensor, ...] = (*box, args[0], state.env[node.name])
+    if isinstance(A, Patch):
+        looked = _look(state, f"context of {node.name}", torch.cat(values, 1), A)
+        values = looked.chunk(4, 2)
+        shape = A.data.shape
+    else:
+        shape = A.shape
+    box, z, out = Interval(*values[:2]), values[2], values[3]
+    if kind.tuned is None:
+        none = box.lower.new_zeros(())
+        return Choice(none, none, box, z, out)
+    lower, upper = kind.tuned.start(box, *args[1:])
+
+    def leaf(value: Tensor) -> Tensor:
+        return value.detach().expand(shape).clone().requires_grad_(torch.is_grad_enabled())
+
+    first = leaf(lower)
+    return Choice(first, first if upper is lower else leaf(upper), box, z, out)
 
 
 def _activation(

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from calipers.errors import UnsupportedOp
 from calipers.graph.graph import Graph, Network, Node, bind, resolve
-from calipers.ops import Facts, Kind, facts
+from calipers.ops import Activation, Facts, Kind, facts
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
 from calipers.work import spend
 
 T = TypeVar("T")
+Choose = Callable[[Activation, Interval, Sequence[Any]], tuple[Tensor, Tensor] | None]
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
 CACHE = 8 << 20  # on a CPU, backward rows are worked on in pieces of this many bytes: it is faster
 PIECE = 1 << 19  # and passes over their elements in pieces of this many
@@ -40,6 +41,8 @@ class State:
         frame: the region in the working dtype.
         gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
         memory: bytes of working memory to plan for.
+        choose: picks the lines of activations, the same for all rows, by kind, interval and further arguments (see
+            `Tuned`); None, here or as its answer: `Activation.relax`.
     """
 
     network: Network
@@ -56,8 +59,9 @@ class State:
         default_factory=set
     )  # refined: the reference is not the box's centre
     changed: set[str] = field(default_factory=set)  # since it was first propagated
+    choose: Choose | None = None
     parent: State | None = None
-    span: slice = field(default_factory=lambda: slice(None))  # of the parent's examples
+    span: slice | Tensor = field(default_factory=lambda: slice(None))  # of the parent's examples
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,8 +137,8 @@ class State:
         """Count ``rows`` taken through one node: through all of them they would be as many passes of the network."""
         spend(rows / len(self.facts.steps))
 
-    def part(self, span: slice) -> State:
-        """The same computation for some of the examples; views, not copies."""
+    def part(self, span: slice | Tensor) -> State:
+        """The same computation for some of the examples: of a slice views, not copies."""
         active = self.network.graph.active
         return State(
             self.network,
@@ -145,12 +149,20 @@ class State:
             self.rigorous,
             self.memory,
             {k: _cut(v, span) for k, v in self.boxes.items()},
+            choose=self.choose,
             parent=self,
             span=span,
         )
 
+    def select(self, index: Tensor) -> State:
+        """The same computation for the examples ``index``, on its own: what it refines is its own."""
+        other = self.part(index)
+        other.parent, other.span = None, slice(None)
+        other.off_centre, other.changed = set(self.off_centre), set(self.changed)
+        return other
 
-def _cut(value: Any, span: slice) -> Any:
+
+def _cut(value: Any, span: slice | Tensor) -> Any:
     """The examples ``span`` of a tensor or of each tensor in a named tuple."""
     if isinstance(value, Tensor):
         return value[span]
