@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,15 @@ class Program:
     index: Array
     value: Array
     slack: Array
+
+    @property
+    def sane(self) -> bool:
+        """Whether its numbers are numbers; a solver may hang on others."""
+        import numpy as np
+
+        ends = (self.lower, self.upper, self.row_lower, self.row_upper)
+        finite = bool(np.isfinite(self.value).all())
+        return finite and not any(bool(np.isnan(end).any()) for end in ends)
 
     @property
     def columns(self) -> int:
@@ -130,14 +140,15 @@ def _highs(program: Program, limits: Limits) -> Solve:
     import highspy as hs
     import numpy as np
 
+    whole = bool(program.integral.any())
+    tight = 1e-7 if whole else 1e-9
     options = {
         "output_flag": False,
         "threads": 1,
         "mip_rel_gap": 0.0,
         "mip_abs_gap": 0.0,
-        "mip_feasibility_tolerance": 1e-7,
-        "primal_feasibility_tolerance": 1e-9,
-        "dual_feasibility_tolerance": 1e-9,
+        "primal_feasibility_tolerance": tight,
+        "dual_feasibility_tolerance": tight,
     }
     solver, lp = hs.Highs(), hs.HighsLp()  # type: ignore[no-untyped-call]
     for name, value in options.items():
@@ -151,7 +162,6 @@ def _highs(program: Program, limits: Limits) -> Solve:
     lp.a_matrix_.format_ = hs.MatrixFormat.kRowwise
     lp.a_matrix_.start_, lp.a_matrix_.index_ = program.starts, program.index
     lp.a_matrix_.value_ = program.value
-    whole = bool(program.integral.any())
     if whole:
         kinds = (hs.HighsVarType.kContinuous, hs.HighsVarType.kInteger)
         lp.integrality_ = [kinds[int(i)] for i in program.integral]
@@ -167,8 +177,8 @@ def _highs(program: Program, limits: Limits) -> Solve:
     end = time.perf_counter() + limits.seconds
 
     def solve(cost: Array) -> Solution:
-        if passed == hs.HighsStatus.kError:
-            return Solution("the solver refuses the program (NaN or infinite coefficients?)")
+        if passed == hs.HighsStatus.kError or not np.isfinite(cost).all():
+            return Solution("the solver refuses the program")
         begin = time.perf_counter()
         left = end - begin
         if left <= 0:
@@ -332,8 +342,6 @@ def require(backend: str) -> None:
         ValueError: no such back-end.
         SolverError: its package is not installed.
     """
-    from importlib.util import find_spec
-
     from calipers.errors import SolverError, unknown_name
 
     if backend not in BACKENDS:
@@ -349,7 +357,13 @@ def require(backend: str) -> None:
 def solver(program: Program, limits: Limits | None = None, *, backend: str = "highs") -> Solve:
     """A function of one objective that solves in this process, each call starting where the last one ended."""
     require(backend)
-    return BACKENDS[backend][1](program, limits or Limits())
+    return _start(backend, program, limits or Limits())
+
+
+def _start(backend: str, program: Program, limits: Limits) -> Solve:
+    if not program.sane:
+        return lambda _cost: Solution("the program holds NaN or infinite coefficients")
+    return BACKENDS[backend][1](program, limits)
 
 
 # -- what a dual proves -----------------------------------------------------------------------------------------------
@@ -425,13 +439,14 @@ def apart(
             np.savez(file, **given, **options, costs=costs, backend=backend)
         root = str(Path(__file__).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        child = subprocess.Popen(  # noqa: S603 - this interpreter, this module
-            [sys.executable, "-m", "calipers.programs", name],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / "errors").open("wb"),
-        )
+        with (folder / "errors").open("wb") as errors:
+            child = subprocess.Popen(  # noqa: S603 - this interpreter, this module
+                [sys.executable, "-m", "calipers.programs", name],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
         try:
             found = list(_collect(child, folder, len(costs), end, done))
         finally:
@@ -491,7 +506,7 @@ def main(name: str) -> None:
     limits = Limits(seconds, None if math.isnan(memory) else int(memory), above, below)
     if limits.memory is not None:
         _limit_memory(limits.memory)
-    solve = BACKENDS[given["backend"].item()][1](program, limits)
+    solve = _start(given["backend"].item(), program, limits)
     for i, cost in enumerate(given["costs"]):
         solution = solve(cost)
         values = {f.name: getattr(solution, f.name) for f in fields(solution)}

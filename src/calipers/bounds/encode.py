@@ -84,11 +84,13 @@ class Encoding:
 
     def costs(self, C: Array, d: Array) -> tuple[Array, Array]:
         """C·value + d as objectives (M, columns), constants in the column `ONE`, and their rounding (M,)."""
-        rows = Sparse.of(torch.from_numpy(C)) @ self.value.matrix
-        costs = rows.dense(self.program.columns)
-        costs[:, ONE] += C @ self.value.offset + d
         units = (C.shape[1] + 3) * 2.0**-52 if self.value.rate else 0.0
-        return costs, (np.abs(C) @ self.value.size + np.abs(d)) * (self.value.rate + units)
+        with np.errstate(invalid="ignore", over="ignore"):
+            rows = Sparse.of(torch.from_numpy(C)) @ self.value.matrix
+            costs = rows.dense(self.program.columns)
+            costs[:, ONE] += C @ self.value.offset + d
+            size = np.abs(C) @ self.value.size + np.abs(d)
+            return costs, size * (self.value.rate + units)
 
 
 def prepare(

@@ -21,7 +21,7 @@ from calipers.bounds.encode import Encoding, encode, prepare, replace_box
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import Statistics, crown, undecided
 from calipers.bounds.sparse import Array
-from calipers.bounds.state import State, start, working_dtype
+from calipers.bounds.state import State, check_spec, start, working_dtype
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Affine
 from calipers.programs import Program, Solution, dual_value, solver
@@ -30,6 +30,7 @@ from calipers.spec import Spec
 
 CUTS = 40  # tangent planes of an l2 ball, at most
 TOUCHING = 1e-6  # a point this near the ball, relative to its radius, asks for no further plane
+PAYS = 1e-4  # nor does one after a plane that lifted the value by less, relative to 1 + |value|
 Row = tuple[Array, Array, float, float]
 
 
@@ -129,6 +130,7 @@ def relaxation(
     state = prepare(
         network, region, intermediate, rigorous=rigorous, memory=memory, statistics=statistics
     )
+    check_spec(state, spec)
     rows = [_example(state.part(slice(i, i + 1)), spec[i : i + 1]) for i in range(len(region))]
     lower, claimed, inputs = (torch.stack(part) for part in zip(*rows, strict=True))
     shape = network.input_shape
@@ -175,7 +177,9 @@ def minima(
             program = program.with_rows([row])
             solve = solver(program)
             new, solution = _proved(program, cost, solve(cost), state)
-            bound = max(bound, new)
+            gain, bound = new - bound, max(bound, new)
+            if gain < PAYS * (1 + abs(bound)):
+                break
         lower.append(bound)
         found.append(solution)
     return np.array(lower), found

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from calipers.bounds.encode import Encoding, encode, prepare
 from calipers.bounds.lp import CUTS, Row, ball_cut, minima, tightened
-from calipers.bounds.state import State
+from calipers.bounds.state import State, check_spec
 from calipers.bracket import witness
 from calipers.exact.outcome import Outcome
 from calipers.graph.graph import Network
@@ -206,6 +206,7 @@ def optima(
     _require_single(region, spec)
     with torch.no_grad():
         state = prepare(network, region, intermediate, memory=memory)
+        check_spec(state, spec)
         encoding = encode(state, relaxed=False)
         costs, _ = encoding.costs(spec.C[0].double().numpy(), spec.d[0].double().numpy())
         program = _cut(state, encoding, costs)
@@ -296,6 +297,7 @@ def _cut(state: State, encoding: Encoding, costs: Array) -> Program:
 
 def _clauses(state: State, spec: Spec) -> tuple[Encoding, Program, Array]:
     """The program and an objective for each clause: its only functional, or a column t ≥ all of them."""
+    check_spec(state, spec)
     encoding = encode(state, relaxed=False)
     costs, _ = encoding.costs(spec.C[0].double().numpy(), spec.d[0].double().numpy())
     program = _cut(state, encoding, costs)
