@@ -13,8 +13,7 @@ from torch import Tensor
 
 import networks
 from calipers.bounds import BOUNDS, alpha_crown, crown, dual, preactivations
-from calipers.bounds.linear import Choice
-from calipers.bounds.slopes import ascend
+from calipers.bounds.slopes import Choice, OwnLines, ascend
 from calipers.graph.graph import Network
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -138,13 +137,14 @@ def test_steps_that_break_bounds_do_no_harm() -> None:
     """A NaN, wherever the ascent meets it, is not kept."""
     calls = []
 
-    def evaluate(chosen: dict[str, Choice]) -> Tensor:
-        if not chosen:
+    def evaluate(chosen: OwnLines) -> Tensor:
+        if not chosen.choices:
             zero, box = torch.zeros(2), Interval(torch.zeros(2), torch.zeros(2))
             leaf = torch.full((2,), 0.5, requires_grad=True)
-            chosen["a"] = Choice(leaf, leaf, box, zero, zero)
-        calls.append(chosen["a"].lower.detach().clone())
-        value = -(chosen["a"].lower - 0.9).square()
+            chosen.choices["a"] = Choice(leaf, leaf, box, zero, zero)
+        lower = chosen.choices["a"].lower
+        calls.append(lower.detach().clone())
+        value = -(lower - 0.9).square()
         return value if len(calls) != 3 else value * math.nan
 
     best = ascend(evaluate, steps=6)

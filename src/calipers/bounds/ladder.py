@@ -29,6 +29,7 @@ from calipers.bounds.state import (
     working_dtype,
 )
 from calipers.graph.graph import Network, Node
+from calipers.ops import facts
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -124,6 +125,12 @@ def preactivations(
     )
     propagate(state, tighten=tightener(state) if tight else None)
     return state.boxes
+
+
+def neurons(network: Network) -> int:
+    """How many values of the graph come out of a nonlinear op."""
+    steps = facts(network.graph).steps
+    return sum(math.prod(s.node.shape) for s in steps if not isinstance(s.kind, Affine))
 
 
 # -- running in chunks ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,18 @@ from calipers.sets import Interval
 MANY = 64  # rows of one example from which on picking the columns that count pays
 
 
+class Chosen(Protocol):
+    """Lines, and multipliers, that are each row's own."""
+
+    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+        """In deviations from the reference (`deviations`), broadcastable to the rows ``A``."""
+        ...
+
+    def constraint(self, state: State, node: Node) -> tuple[Tensor, Tensor] | None:
+        """Of Σ m·(v − t) >= 0, known of the node's operand v: m (S, B, *shape), and m·(z − t) rounded up (S, B)."""
+        ...
+
+
 def lower_bounds(
     state: State,
     name: str,
@@ -37,7 +49,7 @@ def lower_bounds(
     tail: Collection[str] = (),
     *,
     last: bool = True,
-    chosen: dict[str, Choice] | None = None,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
@@ -45,7 +57,7 @@ def lower_bounds(
         tail: values; if given there is one more bound, first in the list: where the walk leaves them, what it
             has reached is concretised by its intervals.
         last: go on to the input for one more bound.
-        chosen: lines of the rows' own, by node; nodes that it lacks are added.
+        chosen: lines of the rows' own.
     """
     pull = _Pull(state, name, chosen)
     pull.rows[name] = A
@@ -59,9 +71,18 @@ def lower_bounds(
     return totals
 
 
-def both_bounds(
-    state: State, name: str, index: Tensor, chosen: dict[str, Choice] | None = None
-) -> Interval:
+def at_the_input(state: State, name: str, A: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Rows ``A`` (S, B, *shape) of a value pulled back to the input, and their `lower_bounds`."""
+    pull = _Pull(state, name, chosen)
+    pull.rows[name] = A
+    pull.walk()
+    (source,) = state.network.graph.inputs
+    rows = pull.rows[source]
+    dense = patches.dense(rows, state.shape(source)) if isinstance(rows, Patch) else rows
+    return dense, pull.total()
+
+
+def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = None) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
     z = flat(state.env[name]).gather(1, index.T).T
     low, high = _Pull(state, name, chosen).elements_at(index)
@@ -75,7 +96,7 @@ def both_bounds(
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
-    def __init__(self, state: State, name: str, chosen: dict[str, Choice] | None = None) -> None:
+    def __init__(self, state: State, name: str, chosen: Chosen | None = None) -> None:
         self.state, self.name, self.chosen = state, name, chosen
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | None = None
@@ -221,7 +242,7 @@ def _deviation(state: State, name: str) -> Tensor:
     return torch.maximum(z - box.lower, box.upper - z)
 
 
-def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
+def look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
     """The windows of ``v`` that rows lie on; the table of all of them serves every chunk of rows."""
     h, w = A.data.shape[-2:]
     key = (f"{what} {h} {w} {A.grid}", "table")
@@ -231,7 +252,7 @@ def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
 
 
 def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
-    return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
+    return (A.data * look(state, what, v, A)).flatten(2).sum(-1)
 
 
 # -- affine -------------------------------------------------------------------------------------------------
@@ -329,22 +350,7 @@ class _Relaxed(NamedTuple):
     gap: Tensor
 
 
-class Choice(NamedTuple):
-    """Lines chosen for each row (see `Tuned`), of the rows' shape, and what they are made of there."""
-
-    lower: Tensor
-    upper: Tensor
-    box: Interval
-    z: Tensor
-    out: Tensor
-
-    def leaves(self) -> list[Tensor]:
-        """What can be optimised."""
-        both = [self.lower] if self.upper is self.lower else [self.lower, self.upper]
-        return [v for v in both if v.requires_grad]
-
-
-def _deviations(
+def deviations(
     state: State,
     kind: Activation,
     node: Node,
@@ -378,7 +384,7 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
     args, _ = state.arguments(node)
     box, out = state.boxes[node.operands[0]], state.env[node.name]
     choice = state.choose(kind, box, args[1:]) if state.choose else None
-    lower_slope, low, upper_slope, high = _deviations(state, kind, node, box, args[0], out, choice)
+    lower_slope, low, upper_slope, high = deviations(state, kind, node, box, args[0], out, choice)
     gap, bend = high - low, upper_slope - lower_slope
     mid, offset = torch.add(lower_slope, bend, alpha=0.5), torch.add(low, gap, alpha=0.5)
     return _Relaxed(mid, bend, offset, gap)
@@ -417,39 +423,24 @@ class _Bend(torch.autograd.Function):
 
 
 def _chosen(
-    state: State, kind: Activation, node: Node, A: Rows, chosen: dict[str, Choice]
+    state: State, kind: Activation, node: Node, A: Rows, chosen: Chosen
 ) -> tuple[Parts, Tensor]:
-    """`_activation` with lines of each row's own: those of ``chosen``, which begin where `Tuned.start` says."""
-    if node.name not in chosen:
-        chosen[node.name] = _choice(state, kind, node, A)
-    c = chosen[node.name]
-    lines = _deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
+    """`_activation` with lines of each row's own, and with multipliers of what is known of its operand."""
+    lines = chosen.lines(state, kind, node, A)
     data = patches.clip(A, node.shape).data if isinstance(A, Patch) else A
     rows, bias = _Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
-    return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
-
-
-def _choice(state: State, kind: Activation, node: Node, A: Rows) -> Choice:
-    args, _ = state.arguments(node)
-    box = state.boxes[node.operands[0]]
-    values: tuple[Tensor, ...] = (*box, args[0], state.env[node.name])
     if isinstance(A, Patch):
-        looked = _look(state, f"context of {node.name}", torch.cat(values, 1), A)
-        values = looked.chunk(4, 2)
-        shape = A.data.shape
-    else:
-        shape = A.shape
-    box, z, out = Interval(*values[:2]), values[2], values[3]
-    if kind.tuned is None:
-        none = box.lower.new_zeros(())
-        return Choice(none, none, box, z, out)
-    lower, upper = kind.tuned.start(box, *args[1:])
-
-    def leaf(value: Tensor) -> Tensor:
-        return value.detach().expand(shape).clone().requires_grad_(torch.is_grad_enabled())
-
-    first = leaf(lower)
-    return Choice(first, first if upper is lower else leaf(upper), box, z, out)
+        return {0: A.moved(rows, clipped=True)}, bias
+    known = chosen.constraint(state, node)
+    if known is None:
+        return {0: rows}, bias
+    rows, bias = rows - known[0], bias - known[1]
+    if state.rigorous:
+        name = node.operands[0]
+        bias = bias - state.gamma(2) * dot(
+            rows, state.once("deviation", name, _deviation), size=True
+        )
+    return {0: rows}, bias
 
 
 def _activation(
@@ -458,7 +449,7 @@ def _activation(
     """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
-        looked = _look(state, f"lines of {node.name}", maps, A)
+        looked = look(state, f"lines of {node.name}", maps, A)
         mid, bend, offset, gap = looked.chunk(4, 2)
         data, size = A.data, A.data.abs()
         straight = (data * offset).flatten(2).sum(-1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +26,69 @@ from calipers.bounds.ladder import (
     row_bytes,
     tightener,
 )
-from calipers.bounds.linear import Choice, both_bounds, lower_bounds
+from calipers.bounds.linear import both_bounds, deviations, look, lower_bounds
+from calipers.bounds.patches import Patch, Rows
 from calipers.bounds.state import State, check_spec, flat, joined
-from calipers.graph.graph import Network
-from calipers.ops.kinds import Activation
+from calipers.graph.graph import Network, Node
+from calipers.ops.kinds import Activation, Lines
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 
-Evaluate = Callable[[dict[str, Choice]], Tensor]
+
+class Choice(NamedTuple):
+    """The two numbers of `Tuned` for each coefficient of an activation's rows, and what their lines are made of."""
+
+    lower: Tensor
+    upper: Tensor
+    box: Interval
+    z: Tensor
+    out: Tensor
+
+
+class OwnLines:
+    """Lines of every row's own, by activation; they begin where `Tuned.start` says."""
+
+    def __init__(self) -> None:
+        self.choices: dict[str, Choice] = {}
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What can be optimised; a tensor that serves both sides once."""
+        both = {id(v): v for c in self.choices.values() for v in (c.lower, c.upper)}
+        return [v for v in both.values() if v.requires_grad]
+
+    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+        c = self.choices.get(node.name)
+        if c is None:
+            c = self.choices[node.name] = self._begin(state, kind, node, A)
+        return deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
+
+    def constraint(self, _state: State, _node: Node) -> None:
+        """Nothing more is known of values."""
+
+    def _begin(self, state: State, kind: Activation, node: Node, A: Rows) -> Choice:
+        args, _ = state.arguments(node)
+        box, shape = (
+            state.boxes[node.operands[0]],
+            A.shape if isinstance(A, Tensor) else A.data.shape,
+        )
+        values: tuple[Tensor, ...] = (*box, args[0], state.env[node.name])
+        if isinstance(A, Patch):
+            values = look(state, f"context of {node.name}", torch.cat(values, 1), A).chunk(4, 2)
+        box, z, out = Interval(*values[:2]), values[2], values[3]
+        if kind.tuned is None:
+            none = box.lower.new_zeros(())
+            return Choice(none, none, box, z, out)
+
+        def leaf(value: Tensor) -> Tensor:
+            return value.detach().expand(shape).clone().requires_grad_(torch.is_grad_enabled())
+
+        lower, upper = kind.tuned.start(box, *args[1:])
+        first = leaf(lower)
+        return Choice(first, first if upper is lower else leaf(upper), box, z, out)
+
+
+Evaluate = Callable[[OwnLines], Tensor]
 
 
 def alpha_crown(
@@ -132,10 +187,10 @@ def ascend(evaluate: Evaluate, *, steps: int, rate: float = 0.5, decay: float = 
     """The best bounds that ``evaluate`` gave along ``steps`` steps of Adam on the lines, projected to [0, 1].
 
     Args:
-        evaluate: bounds, of any shape, under the lines of a dictionary that its first call fills.
+        evaluate: bounds, of any shape, under the lines given.
         rate: first step, in units of the whole interval of choices; ``decay`` times as long in each further step.
     """
-    chosen: dict[str, Choice] = {}
+    chosen = OwnLines()
     moments: list[tuple[Tensor, Tensor]] = []
     best: Tensor | None = None
     for i in range(steps + 1):
@@ -146,7 +201,7 @@ def ascend(evaluate: Evaluate, *, steps: int, rate: float = 0.5, decay: float = 
         best = value if best is None else torch.where(value > best, value, best)
         if not total.requires_grad:  # the last step, or nothing depends on lines
             break
-        leaves = [v for c in chosen.values() for v in c.leaves()]
+        leaves = chosen.leaves
         if not leaves:  # no line to choose
             break
         grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
@@ -179,13 +234,15 @@ def _alpha(
     wanted = wanted[rows][:, spec.clause]
     C, d = check_spec(some, part)
     if intermediate_steps:
-        _tighten(some, C, wanted, intermediate_steps, share)
+        tighten(some, C, wanted, steps=intermediate_steps, share=share)
     found = best[rows]
-    found = torch.where(wanted, torch.maximum(_ascended(some, C, d, wanted, steps), found), found)
+    found = torch.where(
+        wanted, torch.maximum(ascended(some, C, d, wanted, steps=steps), found), found
+    )
     return best.index_copy(0, rows, found)
 
 
-def _ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, steps: int) -> Tensor:
+def ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, *, steps: int) -> Tensor:
     """Bounds of the functionals, (B, M), −inf where they are not ``wanted``."""
     output = state.network.graph.output
     most = int(wanted.sum(1).max())
@@ -214,8 +271,8 @@ def _row(state: State) -> int:
     return 4 * row_bytes(state.network, state.dtype)
 
 
-def _tighten(state: State, C: Tensor, wanted: Tensor, steps: int, share: float) -> None:
-    """Optimise the intermediate bounds on which the wanted functionals depend most, from the input on."""
+def tighten(state: State, C: Tensor, wanted: Tensor, *, steps: int, share: float) -> None:
+    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on."""
     names = nonlinear_operands(state)
     status = exactness(state)
     names = {k: v for k, v in names.items() if status[k] == "loose" or state.region.p < torch.inf}
@@ -224,7 +281,7 @@ def _tighten(state: State, C: Tensor, wanted: Tensor, steps: int, share: float) 
     gains = _gains(state, C * wanted.unsqueeze(2), list(names))
 
     def bounds(part: State, name: str, index: Tensor) -> Interval:
-        def evaluate(chosen: dict[str, Choice]) -> Tensor:
+        def evaluate(chosen: OwnLines) -> Tensor:
             low, high = both_bounds(part, name, index, chosen)
             return torch.cat([low, -high])
 
@@ -251,7 +308,9 @@ def _gains(state: State, C: Tensor, names: list[str]) -> dict[str, Tensor]:
     leaves = {n: Interval(*(v.clone().requires_grad_() for v in known[n])) for n in names}
     state.boxes.update(leaves)
     with torch.enable_grad():
-        (bound,) = lower_bounds(state, state.network.graph.output, C.transpose(0, 1), chosen={})
+        (bound,) = lower_bounds(
+            state, state.network.graph.output, C.transpose(0, 1), chosen=OwnLines()
+        )
         ends = [v for n in names for v in leaves[n]]
         grads = iter(
             torch.autograd.grad(bound.sum(), ends, allow_unused=True, materialize_grads=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -43,6 +44,7 @@ class State:
         memory: bytes of working memory to plan for.
         choose: picks the lines of activations, the same for all rows, by kind, interval and further arguments (see
             `Tuned`); None, here or as its answer: `Activation.relax`.
+        deadline: a value of `time.perf_counter`, after which the next step raises `TimeoutError`.
     """
 
     network: Network
@@ -60,6 +62,7 @@ class State:
     )  # refined: the reference is not the box's centre
     changed: set[str] = field(default_factory=set)  # since it was first propagated
     choose: Choose | None = None
+    deadline: float = math.inf
     parent: State | None = None
     span: slice | Tensor = field(default_factory=lambda: slice(None))  # of the parent's examples
 
@@ -134,7 +137,13 @@ class State:
         self.widths.pop(name, None)
 
     def spend(self, rows: int) -> None:
-        """Count ``rows`` taken through one node: through all of them they would be as many passes of the network."""
+        """Count ``rows`` taken through one node: through all of them they would be as many passes of the network.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        if time.perf_counter() > self.deadline:
+            raise TimeoutError("the deadline passed while bounds were computed")
         spend(rows / len(self.facts.steps))
 
     def part(self, span: slice | Tensor) -> State:
@@ -150,6 +159,7 @@ class State:
             self.memory,
             {k: _cut(v, span) for k, v in self.boxes.items()},
             choose=self.choose,
+            deadline=self.deadline,
             parent=self,
             span=span,
         )
