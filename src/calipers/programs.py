@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 UNIT = 2.0**-53
-GRACE = 2.0  # seconds that a solver may take to come to its own limit before its process is killed
+SHARE = 0.95  # of the time is the solver's, so that it can still report what it has
+GRACE = 2.0  # seconds after the deadline at which its process is killed
 
 
 @dataclass(frozen=True, eq=False)
@@ -436,7 +437,8 @@ def apart(
             k: math.nan if v is None else v for k, v in asdict(limits).items()
         }
         with (folder / "program.npz").open("wb") as file:
-            np.savez(file, **given, **options, costs=costs, backend=backend)
+            until = time.time() + limits.seconds * SHARE  # the child's clock starts later
+            np.savez(file, **given, **options, costs=costs, backend=backend, until=until)
         root = str(Path(__file__).parents[1])
         paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         with (folder / "errors").open("wb") as errors:
@@ -502,7 +504,8 @@ def main(name: str) -> None:
         given = {key: data[key] for key in data.files}
     program = Program(**{f.name: given[f.name] for f in fields(Program)})
     memory = given["memory"].item()
-    seconds, above, below = (given[k].item() for k in ("seconds", "above", "below"))
+    until, above, below = (given[k].item() for k in ("until", "above", "below"))
+    seconds = until - time.time()
     limits = Limits(seconds, None if math.isnan(memory) else int(memory), above, below)
     if limits.memory is not None:
         _limit_memory(limits.memory)
