@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import networks
 from calipers import bound as api_bound
-from calipers.bounds import BOUNDS, crown, crown_ibp, interval, preactivations
+from calipers.bounds import crown, crown_ibp, interval, preactivations
 from calipers.bracket import Bracket, Evidence, Verdict
 from calipers.errors import UnsupportedOp
 from calipers.graph import primitives as prim
@@ -30,7 +30,7 @@ from calipers.sets import Interval, Region, ThreatModel
 from calipers.spec import Spec
 from calipers.work import counting
 from networks import ARCHITECTURES, Builder
-from sandwiches import exact_values
+from sandwiches import PASSES, exact_values
 
 F32, F64 = torch.float32, torch.float64
 INF = math.inf
@@ -44,14 +44,14 @@ def setting(network: Network, p: float = INF, eps: float = 0.1, count: int = 3):
 # -- rounding ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_rigour_costs_little_and_never_adds(name: str, method: str) -> None:
     network = ARCHITECTURES[name](1)
     region, spec = setting(network, 2.0, 0.3)
     for dtype in (F64, F32):
-        plain = BOUNDS[method](network, region, spec, dtype=dtype)
-        careful = BOUNDS[method](network, region, spec, dtype=dtype, rigorous=True)
+        plain = PASSES[method](network, region, spec, dtype=dtype)
+        careful = PASSES[method](network, region, spec, dtype=dtype, rigorous=True)
         assert (careful < plain).all()
         assert (plain - careful <= 2e4 * torch.finfo(dtype).eps * (1 + plain.abs())).all()
 
@@ -82,7 +82,7 @@ def cancelling(seed: int, size: float) -> Network:
 def shortfall(network: Network, method: str, dtype: torch.dtype, rigorous: bool, eps: float):
     """How far a bound exceeds the exact value at a member, in exact arithmetic: positive is unsound."""
     region, spec = setting(network, INF, eps, 2)
-    low = BOUNDS[method](network, region, spec, dtype=dtype, rigorous=rigorous).tolist()
+    low = PASSES[method](network, region, spec, dtype=dtype, rigorous=rigorous).tolist()
     worst = Fraction(-(10**30))
     for x in members(region):
         assert region.contains(x).all()
@@ -92,7 +92,7 @@ def shortfall(network: Network, method: str, dtype: torch.dtype, rigorous: bool,
     return float(worst)
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 @pytest.mark.parametrize("eps", [0.0, 1e-7, 1e-3])
 def test_rigorous_bounds_hold_in_exact_arithmetic(method: str, eps: float) -> None:
     nets = [networks.mlp(seed, (3, 4, 4, 3)) for seed in range(6)]
@@ -102,7 +102,7 @@ def test_rigorous_bounds_hold_in_exact_arithmetic(method: str, eps: float) -> No
             assert shortfall(network, method, dtype, True, eps) <= 0
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_float32_alone_is_not_rigorous(method: str) -> None:
     """The construction does bite: without rounding taken into account float32 certifies what is false."""
     assert max(shortfall(cancelling(s, 1e8), method, F32, False, 0.0) for s in range(4)) > 1e-3
@@ -122,7 +122,7 @@ def test_a_certificate_of_the_public_call_is_exact() -> None:
 
 # -- gradients -----------------------------------------------------------------------------------------------
 
-DIFFERENTIABLE = [m for m in BOUNDS if m != "alpha_crown"]  # which keeps the best of its steps
+DIFFERENTIABLE = [m for m in PASSES if m != "alpha_crown"]
 SMOOTH = [n for n in ARCHITECTURES if n not in ("affine", "max_pool")]
 
 
@@ -141,7 +141,7 @@ def test_gradients_against_finite_differences(name: str, method: str) -> None:
             setattr(module, first, a)
             setattr(module, last, b)
             region = Region.ball(center, 0.05, p, -1.0, 2.0)  # noqa: B023
-            return BOUNDS[method](network, region, spec).sum()
+            return PASSES[method](network, region, spec).sum()
 
         given = [x, getattr(module, first).detach(), getattr(module, last).detach()]
         leaves = [v.clone().requires_grad_() for v in given]
@@ -176,7 +176,7 @@ def test_gradcheck(method: str) -> None:
     def low(center: Tensor, *values: Tensor) -> Tensor:
         for n, value in zip(network.graph.params, values, strict=True):
             setattr(module, n, value)
-        return BOUNDS[method](network, Region.ball(center, 0.05, INF, -1.0, 2.0), spec)
+        return PASSES[method](network, Region.ball(center, 0.05, INF, -1.0, 2.0), spec)
 
     leaves = [v.detach().clone().requires_grad_() for v in (x, *weights)]
     assert torch.autograd.gradcheck(low, leaves)
@@ -232,7 +232,7 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_bounds_follow_the_module(method: str) -> None:
     """Whatever happens to its parameters between two calls, the bounds are those of a network captured afresh."""
 
@@ -247,12 +247,12 @@ def test_bounds_follow_the_module(method: str) -> None:
         module = fresh()
         network = Network(network.graph, module, network.input_shape)
         with torch.no_grad():
-            before = BOUNDS[method](network, region, spec)
+            before = PASSES[method](network, region, spec)
         torch.manual_seed(6)
         change(module)
-        after = BOUNDS[method](network, region, spec)
+        after = PASSES[method](network, region, spec)
         like = torch.rand(2, 4, dtype=network.dtype)
-        again = BOUNDS[method](capture(module, like), region, spec)
+        again = PASSES[method](capture(module, like), region, spec)
         assert after.dtype == again.dtype == network.dtype
         assert torch.equal(after, again), change
         assert not torch.equal(before.to(after.dtype), after), change
@@ -263,11 +263,11 @@ def test_bounds_follow_the_module(method: str) -> None:
             assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_bounds_follow_the_op_table(method: str) -> None:
     network = networks.mlp(0)
     region, spec = setting(network)
-    before = BOUNDS[method](network, region, spec)
+    before = PASSES[method](network, region, spec)
     relu: Any = OPS[torch.relu]
 
     def wide(x: Interval) -> Interval:
@@ -275,12 +275,12 @@ def test_bounds_follow_the_op_table(method: str) -> None:
 
     try:
         register(torch.relu, replace(relu, image=wide))
-        assert (BOUNDS["interval"](network, region, spec) < before - 1e-3).all()
+        assert (PASSES["interval"](network, region, spec) < before - 1e-3).all()
         if method != "interval":
-            assert not torch.equal(BOUNDS[method](network, region, spec), before)
+            assert not torch.equal(PASSES[method](network, region, spec), before)
     finally:
         register(torch.relu, relu)
-    assert torch.equal(BOUNDS[method](network, region, spec), before)
+    assert torch.equal(PASSES[method](network, region, spec), before)
 
 
 # -- modes and refusals ------------------------------------------------------------------------------------
@@ -291,24 +291,24 @@ def with_norm() -> tuple[nn.Module, Network]:
     return module, capture(module, torch.rand(2, 4))
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_training_mode_needs_statistics(method: str) -> None:
     module, network = with_norm()
     region, spec = setting(network)
     module.train()
     with pytest.raises(ValueError, match="training mode"):
-        BOUNDS[method](network, region, spec)
+        PASSES[method](network, region, spec)
     mean, var = torch.randn(5), torch.rand(5) + 0.1
-    given = BOUNDS[method](
+    given = PASSES[method](
         network, region, spec, statistics={"1.running_mean": mean, "1.running_var": var}
     )
     norm: Any = module[1]
     norm.running_mean, norm.running_var = mean, var
     module.eval()
-    assert torch.allclose(given, BOUNDS[method](network, region, spec), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(given, PASSES[method](network, region, spec), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_every_unsupported_op_is_named(method: str) -> None:
     b = Builder((4,))
     h = b(torch.tan, b.linear(b.x, 4))
@@ -316,11 +316,11 @@ def test_every_unsupported_op_is_named(method: str) -> None:
     network = b.network()
     region, spec = setting(network)
     with pytest.raises(UnsupportedOp, match=r"(?s)tan.*lgamma") as error:
-        BOUNDS[method](network, region, spec)
+        PASSES[method](network, region, spec)
     assert not re.search(r"relu|linear", str(error.value))
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 @pytest.mark.parametrize("memory", [None, 1])
 def test_misfits_are_refused(method: str, memory: int | None) -> None:
     network = networks.mlp(0)
@@ -335,10 +335,10 @@ def test_misfits_are_refused(method: str, memory: int | None) -> None:
     ]
     for r, s in wrong:
         with pytest.raises(ValueError, match=r"region|spec"):
-            BOUNDS[method](network, r, s, memory=memory)
+            PASSES[method](network, r, s, memory=memory)
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
 @pytest.mark.parametrize("name", ["mlp", "conv", "max_pool", "product", "sigmoid"])
 def test_bad_weights_are_never_robust(name: str, bad: float, method: str) -> None:
@@ -352,7 +352,7 @@ def test_bad_weights_are_never_robust(name: str, bad: float, method: str) -> Non
         region, spec = setting(network, INF, 0.01)
         C = torch.eye(3).expand(3, 3, 3)  # all outputs, and their negatives
         spec = Spec.functional(torch.cat([C, -C], 1))
-        low = BOUNDS[method](network, region, spec, dtype=F64, rigorous=True)
+        low = PASSES[method](network, region, spec, dtype=F64, rigorous=True)
         values = spec.values(network.in_double()(region.center))
         robust = Bracket.from_bound(spec.margin(low), Evidence(method)).verdict()
         assert Verdict.ROBUST not in robust
@@ -362,7 +362,7 @@ def test_bad_weights_are_never_robust(name: str, bad: float, method: str) -> Non
         assert not (torch.isfinite(low) & torch.isnan(values)).any() or bad != bad
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_unbounded_regions(method: str) -> None:
     """No finite bound where there is none; finite ones where the unbounded feature does not count."""
     b = Builder((2,))
@@ -372,11 +372,11 @@ def test_unbounded_regions(method: str) -> None:
     region = Region.box(torch.tensor([[-1.0, -INF]]), torch.tensor([[2.0, INF]]))
     spec = Spec.functional(torch.tensor([[[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0]]]))
     for rigorous in (False, True):
-        low = BOUNDS[method](network, region, spec, dtype=F64, rigorous=rigorous)[0]
+        low = PASSES[method](network, region, spec, dtype=F64, rigorous=rigorous)[0]
         assert not (low[1:] > -INF).any()  # truly unbounded: -inf or NaN, nothing else
         assert not low[0] > 0  # the minimum is 0
     one_sided = Region.box(torch.tensor([[1.0, 0.5]]), torch.tensor([[2.0, INF]]))
-    low = BOUNDS[method](network, one_sided, spec, dtype=F64)[0]
+    low = PASSES[method](network, one_sided, spec, dtype=F64)[0]
     assert not low[0] > 1.5 + 1e-12  # x0 + x1 >= 1.5
     assert not (low[1:] > -INF).any()
 
@@ -545,7 +545,7 @@ def test_a_convolution_equals_its_matrix(name: str, p: float) -> None:
     region, spec = setting(network, p, 0.3)
     x = networks.inputs(network, 3, 2).double()
     assert torch.allclose(network.in_double()(x), twin(x), rtol=1e-12, atol=1e-12)
-    for method, bound in BOUNDS.items():
+    for method, bound in PASSES.items():
         for rigorous in (False, True):
             a = bound(network, region, spec, dtype=F64, rigorous=rigorous)
             b = bound(twin, region, spec, dtype=F64, rigorous=rigorous)
@@ -655,7 +655,7 @@ def test_rigorous_bounds_hold_for_thresholds_and_parameters_that_float32_rounds(
     C, clause = torch.ones(1, 1, 1, dtype=F64), torch.tensor([0])
     below = Spec(C, torch.full((1, 1), -y - 1e-12, dtype=F64), clause)
     scaled = Spec(C * (1 - 1e-12), torch.full((1, 1), -y, dtype=F64), clause)
-    for bound in BOUNDS.values():
+    for bound in PASSES.values():
         for spec, net in ((below, network), (scaled, network), (below, b.network(F64))):
             values = bound(net, region, spec, dtype=F32, rigorous=True)
             assert values.dtype == F64  # float32 cannot hold what is asked
@@ -668,7 +668,7 @@ def test_work_is_counted_in_passes() -> None:
     region = ThreatModel(math.inf, 0.05).around(torch.rand(4, *network.input_shape))
     spec = Spec.label(torch.zeros(4, dtype=torch.int64), network.num_classes)
     spent = {}
-    for name, bound in BOUNDS.items():
+    for name, bound in PASSES.items():
         with counting() as work:
             bound(network, region, spec)
         spent[name] = work.passes / 4

@@ -20,7 +20,7 @@ L0 = {"errors", "rounding", "searches", "grid", "work", "sets", "spec", "bracket
 L1 = L0 | {"graph", "vnnlib"}
 L2 = L1 | {"ops"}
 ATTACKS = L0 | {"seeds"}
-BOUNDS = L2 | {"seeds"}
+BOUNDS = L2 | {"seeds", "programs"}
 L4 = BOUNDS | {"bounds"}
 L5 = L4 | {"attacks", "exact", "", "data"}  # "": the version
 TOP = L5 | {"evaluate", "models", "zoo", "api", "training", "recipes", "cli"}
@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
     "rounding": set(),
+    "programs": {"errors"},
     "searches": set(),
     "grid": {"errors", "rounding", "searches"},
     "work": set(),

@@ -41,12 +41,15 @@ if TYPE_CHECKING:
     from calipers.bounds import crown_ibp as crown_ibp
     from calipers.bounds import dual as dual
     from calipers.bounds import interval as interval
+    from calipers.bounds import lp as lp
     from calipers.bracket import Bracket as Bracket
     from calipers.bracket import Evidence as Evidence
     from calipers.bracket import Verdict as Verdict
     from calipers.bracket import witness as witness
     from calipers.evaluate import audit as audit
     from calipers.evaluate import explain as explain
+    from calipers.exact import certify as certify
+    from calipers.exact import milp as milp
     from calipers.graph.capture import capture as capture
     from calipers.graph.graph import Network as Network
     from calipers.graph.onnx import load_onnx as load_onnx
@@ -87,12 +90,15 @@ _WHERE = {
     "crown_ibp": "calipers.bounds",
     "dual": "calipers.bounds",
     "interval": "calipers.bounds",
+    "lp": "calipers.bounds",
     "Bracket": "calipers.bracket",
     "Evidence": "calipers.bracket",
     "Verdict": "calipers.bracket",
     "witness": "calipers.bracket",
     "audit": "calipers.evaluate",
     "explain": "calipers.evaluate",
+    "certify": "calipers.exact",
+    "milp": "calipers.exact",
     "capture": "calipers.graph.capture",
     "Network": "calipers.graph.graph",
     "load_onnx": "calipers.graph.onnx",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import geometry as g
 import networks
 from calipers.attacks import fgsm, pgd
-from calipers.bounds import BOUNDS, crown, interval
+from calipers.bounds import crown, interval
 from calipers.graph import primitives as prim
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network
@@ -28,6 +28,7 @@ from networks import ARCHITECTURES, Builder
 from sandwiches import (
     F32,
     F64,
+    PASSES,
     QUICK,
     check_affine_is_exact,
     check_sound,
@@ -198,7 +199,7 @@ def test_exact_minimum_lies_between(sizes: tuple[int, ...], p: float, box: bool)
     )
     assert torch.isfinite(exact).all()
     tolerance = 1e-6  # of HiGHS: feasibility 1e-7, times slopes of a few units
-    for name, bound in BOUNDS.items():
+    for name, bound in PASSES.items():
         for dtype in (F32, F64):
             low = bound(network, region, spec, dtype=dtype, rigorous=True)
             assert (low.double() <= exact + tolerance).all(), (name, dtype)
@@ -228,7 +229,7 @@ def test_a_point_region_gives_the_value(name: str) -> None:
     for p in (1.0, 2.0, INF):
         region = region_of(network, p, True, 0.0)
         value = spec.values(network.in_double()(region.center))
-        for method, bound in BOUNDS.items():
+        for method, bound in PASSES.items():
             for dtype in (F64, F32):
                 low = bound(network, region, spec, dtype=dtype).double()
                 error = (low - value).abs().max().item()
@@ -290,10 +291,10 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= 1e-11 * (1 + b.abs())).all())
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batch_chunks_and_order_do_not_matter(name: str, method: str) -> None:
-    network, bound = ARCHITECTURES[name](6), BOUNDS[method]
+    network, bound = ARCHITECTURES[name](6), PASSES[method]
     count = 5
     region = region_of(network, 2.0, True, count=count)
     spec = labels(network, count)
@@ -313,21 +314,21 @@ def test_batch_chunks_and_order_do_not_matter(name: str, method: str) -> None:
     assert close(bound(network, region, turned, dtype=F64, rigorous=True), whole.flip(1))
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", PASSES)
 def test_permuting_classes_permutes_the_bounds(method: str) -> None:
     network, order = networks.conv(8), torch.tensor([2, 0, 1])
     region = region_of(network, INF, True)
     y = torch.tensor([0, 1, 2, 0])
     eye = torch.eye(3)
     C = eye[y].unsqueeze(1) - eye.expand(4, 3, 3)  # all classes, the label's own row is zero
-    low = BOUNDS[method](network, region, Spec.functional(C), dtype=F64)
+    low = PASSES[method](network, region, Spec.functional(C), dtype=F64)
     module: Any = network.module
     last = network.graph.nodes[-1]
     for parameter in last.args[1:]:
         setattr(module, parameter.name, getattr(module, parameter.name)[order])
     place = torch.argsort(order)  # class k is now at place[k]
     C = eye[place[y]].unsqueeze(1) - eye.expand(4, 3, 3)
-    permuted = BOUNDS[method](network, region, Spec.functional(C), dtype=F64)
+    permuted = PASSES[method](network, region, Spec.functional(C), dtype=F64)
     assert close(permuted, low[:, order])
 
 

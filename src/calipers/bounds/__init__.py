@@ -10,6 +10,11 @@ from calipers.bounds.ladder import crown as crown
 from calipers.bounds.ladder import crown_ibp as crown_ibp
 from calipers.bounds.ladder import interval as interval
 from calipers.bounds.ladder import preactivations as preactivations
+from calipers.bounds.lp import Relaxation as Relaxation
+from calipers.bounds.lp import lp as lp
+from calipers.bounds.lp import lp_points as lp_points
+from calipers.bounds.lp import lp_preactivations as lp_preactivations
+from calipers.bounds.lp import relaxation as relaxation
 from calipers.bounds.slopes import alpha_crown as alpha_crown
 from calipers.bounds.slopes import dual as dual
 
@@ -19,6 +24,7 @@ BOUNDS: dict[str, Callable[..., Tensor]] = {
     "dual": dual,
     "crown": crown,
     "alpha_crown": alpha_crown,
+    "lp": lp,
 }
 
 BELOW = {
@@ -26,4 +32,5 @@ BELOW = {
     "dual": "interval",
     "crown": "crown_ibp",
     "alpha_crown": "crown",
+    "lp": "crown",
 }  # the rung that each one is never below

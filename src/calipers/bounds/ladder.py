@@ -113,6 +113,7 @@ def preactivations(
     dtype: torch.dtype | None = None,
     rigorous: bool = False,
     memory: int | None = None,
+    statistics: Statistics | None = None,
 ) -> dict[str, Interval]:
     """The interval of every value of the graph, by CROWN where it can help (``tight``) or by intervals alone.
 
@@ -122,7 +123,9 @@ def preactivations(
 
     def part(rows: slice, limit: int) -> dict[str, Interval]:
         some = region if rows == slice(0, len(region)) else region[rows]
-        state = start(network, some, dtype=chosen, rigorous=rigorous, memory=limit, statistics=None)
+        state = start(
+            network, some, dtype=chosen, rigorous=rigorous, memory=limit, statistics=statistics
+        )
         propagate(state, tighten=tightener(state) if tight else None)
         return state.boxes
 
@@ -284,13 +287,13 @@ def tightener(state: State, *, raw: bool = False) -> Callable[[State, Node], Non
             done.add(name)
             if box and status[name] != "loose":
                 continue
-            mask = _undecided(state, node, kind, name)
+            mask = undecided(state, node, kind, name)
             refine(state, name, torch.ones_like(mask) if raw else mask, meet=not raw)
 
     return tighten
 
 
-def _undecided(
+def undecided(
     state: State, node: Node, kind: Activation | Bilinear | Extremum, name: str
 ) -> Tensor:
     """Mask of the elements (B, N) whose tighter bounds would tighten the node's relaxation."""
@@ -310,7 +313,7 @@ def nonlinear_operands(state: State) -> dict[str, Tensor]:
             continue
         for name in step.reads:
             if name not in state.network.graph.inputs:
-                mask = _undecided(state, step.node, kind, name)
+                mask = undecided(state, step.node, kind, name)
                 found[name] = found[name] | mask if name in found else mask
     return found
 

@@ -283,7 +283,7 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
 def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
     node, active = step.node, step.perturbed
     kind: Affine = step.kind  # type: ignore[assignment]
-    args, kwargs = state.arguments(node)
+    args, _ = state.arguments(node)
     noise = _affine_noise(state, kind, node)
     bias: Tensor | None = None
     parts: Parts = {}
@@ -301,12 +301,21 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
         bias = -dot(A, noise, size=True)
     stacked = A.flatten(0, 1)
     for index in active:
-        shape = state.shape(node.operands[index])
-        back = kind.transpose(stacked, index, shape, *args, **kwargs) if kind.transpose else None
-        if back is None:
-            back = vjp(node.op, stacked, index, shape, args, kwargs)
-        parts[index] = back.reshape(*A.shape[:2], *shape)
+        back = transposed(state, step, index, stacked)
+        parts[index] = back.reshape(*A.shape[:2], *back.shape[1:])
     return parts, bias
+
+
+def transposed(state: State, step: Step, index: int, A: Tensor) -> Tensor:
+    """AᵀL of an affine step for rows A (R, *out): (R, *in) for its operand number ``index``."""
+    node, kind = step.node, step.kind
+    args, kwargs = state.arguments(node)
+    shape = state.shape(node.operands[index])
+    back = None
+    if isinstance(kind, Affine) and kind.transpose:
+        back = kind.transpose(A, index, shape, *args, **kwargs)
+    back = vjp(node.op, A, index, shape, args, kwargs) if back is None else back
+    return back.reshape(len(A), *shape)
 
 
 def vjp(

@@ -1,3 +1,9 @@
 """Exact decisions: searches that end in a proof or a witness."""
 
+from calipers.exact.milp import Certification as Certification
+from calipers.exact.milp import Optimum as Optimum
+from calipers.exact.milp import certify as certify
+from calipers.exact.milp import exact_preactivations as exact_preactivations
+from calipers.exact.milp import milp as milp
+from calipers.exact.milp import optima as optima
 from calipers.exact.outcome import Outcome as Outcome

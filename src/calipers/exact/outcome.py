@@ -25,12 +25,14 @@ class Outcome:
         point: (*x) a member of the region where the margin was seen to fail. Only `calipers.witness` decides.
         domains: sub-problems bounded.
         reason: what stopped an undecided search, in words; empty where it is decided.
+        trusts: the solver on whose word alone ``lower`` rests; empty for a proof of our own.
     """
 
     lower: float = -math.inf
     point: Tensor | None = None
     domains: int = 0
     reason: str = ""
+    trusts: str = ""
 
     @property
     def robust(self) -> bool:
