@@ -80,7 +80,13 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"calipers {__version__}")
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _name(wanted: bool) -> None:
+    if wanted:
+        typer.echo("Calipers")
         raise typer.Exit
 
 
@@ -89,8 +95,11 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    name: Annotated[
+        bool, typer.Option("--name", callback=_name, is_eager=True, help="Print the tool's name.")
+    ] = False,
 ) -> None:
-    del version
+    del version, name
 
 
 @app.command()
@@ -341,3 +350,92 @@ def methods() -> None:
     from calipers.cli import commands
 
     commands.methods()
+
+
+@app.command()
+def verify(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="QUERY.vnnlib | MODEL.onnx QUERY.vnnlib",
+            help="The query, its network as --network; or both. Any may be gzipped.",
+        ),
+    ],
+    network: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE.onnx", help="The file of the network that the query declares."
+        ),
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Time limit; none if left out.")
+    ] = None,
+    serialise_assignments: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write a counterexample as one TensorProto, VARIABLE.pb, each."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="No counterexample that needs an input's bound rounded to the network's precision.",
+        ),
+    ] = False,
+    real: Annotated[
+        bool,
+        typer.Option("--real", help="Prove in real arithmetic whatever types the query declares."),
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+    ] = None,
+    json: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Decide a VNN-LIB query: sat, unsat, unknown or timed-out as the first line, then a counterexample.
+
+    Everything else goes to stderr. Exit code 0 for an answer, unknown and timed-out included; 2 if the query or the
+    network cannot be read or do not fit, 3 if something failed that should not (stdout says unknown then); 130 after
+    Ctrl-C.
+    """
+    from calipers.cli import verifying
+
+    code = verifying.verify(
+        files,
+        networks=network or [],
+        timeout=timeout,
+        folder=serialise_assignments,
+        exact=exact,
+        real=real,
+        memory=memory,
+        json_file=json,
+        seed=seed,
+    )
+    raise typer.Exit(code)
+
+
+Flag = Annotated[bool, typer.Option()]
+
+
+@app.command()
+def supports(
+    onnx_opset_versions: Flag = False,
+    onnx_element_types: Flag = False,
+    onnx_operators: Flag = False,
+    vnnlib_versions: Flag = False,
+    hidden_node_theories: Flag = False,
+    multiple_input_output_theories: Flag = False,
+    multiple_network_theories: Flag = False,
+    multiple_node_comparison_theories: Flag = False,
+    arithmetic_complexity_theories: Flag = False,
+    optimised_disjunctive_reasoning: Flag = False,
+    serialise_assignments: Flag = False,
+) -> None:
+    """What `verify` can decide, as the VNN-LIB standard asks for it: one line per entry."""
+    asked = [name for name, wanted in locals().items() if wanted]
+    if not asked:
+        raise ValueError("supports: name a capability, such as --onnx-operators")
+    from calipers.cli.supported import answer
+
+    typer.echo("\n".join(line for name in asked for line in answer(name)))

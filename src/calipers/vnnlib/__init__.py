@@ -41,6 +41,7 @@ class Query:
         tree: what is unsafe, exactly as written.
         cases: batches of boxes with the form of their clauses in common; empty if nothing can be unsafe.
         dtype: how the inputs' bounds are read, see `load`.
+        network: the network's name, which version 1.0 does not give.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Query:
     tree: Node
     cases: tuple[Case, ...]
     dtype: torch.dtype | None = None
+    network: str | None = None
 
     def holds(self, x: Values, y: Values, *, dtype: torch.dtype | None = None) -> bool:
         """Whether inputs ``x`` with outputs ``y`` are a counterexample, by rational arithmetic on the tree as written.
@@ -84,6 +86,7 @@ def load(
             region with such a side has no member, though its bounds are sound.
 
     Raises:
+        NoInputs: its bounds on inputs contradict each other, so nothing can break it.
         SpecError: not a query, or one beyond what is supported: one network with one input and one output, bounds on
             single inputs, affine relations among outputs. The message has file, line and remedy.
     """
@@ -99,7 +102,16 @@ def loads(
 
 def _query(text: Text, input_shape: Sequence[int] | None, dtype: torch.dtype | None) -> Query:
     cases = tuple(lower(text, input_shape, dtype))
-    return Query(text.source.path, text.version, text.input, text.output, text.tree, cases, dtype)
+    return Query(
+        text.source.path,
+        text.version,
+        text.input,
+        text.output,
+        text.tree,
+        cases,
+        dtype,
+        text.network,
+    )
 
 
 class Instance(NamedTuple):
