@@ -439,3 +439,52 @@ def supports(
     from calipers.cli.supported import answer
 
     typer.echo("\n".join(line for name in asked for line in answer(name)))
+
+
+@app.command()
+def bench(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="instances.csv | DIR",
+            help="Lines network,property,seconds; a benchmark's folder; or a folder of benchmarks.",
+        ),
+    ],
+    timeout_cap: Annotated[
+        str | None, typer.Option(metavar="TIME", help="At most this long for each: 30, 90s, 10m.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="CSV with a row per instance; goes on where an earlier run stopped."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the instances.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+    ] = None,
+    domains: Annotated[
+        int | None,
+        typer.Option(help="At most so many sub-problems for a box, whatever the machine."),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="As in calipers verify.")] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep counterexamples, as SUITE/NET_PROPERTY.counterexample.gz."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="F.svg", help="Instances solved against time.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Decide many VNN-LIB queries and compare with expected.csv where there is one.
+
+    Exit code 1 if a verdict is the opposite of the expected one.
+    """
+    from calipers.cli import benching
+
+    code = benching.run(
+        path, cap=timeout_cap, out=out, workers=workers, memory=memory, domains=domains,
+        exact=exact, save=save, plot=plot, json_file=json,
+    )  # fmt: skip
+    raise typer.Exit(code)

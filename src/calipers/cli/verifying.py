@@ -19,12 +19,11 @@ from calipers import __version__
 from calipers.cli.options import writable
 from calipers.errors import CalipersError, NoInputs, SpecError
 from calipers.evaluate.limits import bytes_of
+from calipers.evaluate.queries import read
 from calipers.evaluate.store import write_atomically
 from calipers.evaluate.verify import Decision, decide
-from calipers.graph.graph import Network
-from calipers.graph.onnx import load_onnx
 from calipers.graph.onnx_file import write_tensor
-from calipers.vnnlib import Query, format_assignment, load
+from calipers.vnnlib import Query, format_assignment
 
 ANSWERED, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
 MODELS = (".onnx", ".onnx.gz")
@@ -112,7 +111,7 @@ def verify(
             watchdog = threading.Timer(seconds + GRACE, _end, (answer,))
             watchdog.daemon = True
             watchdog.start()
-        network, query = _read(model, path, name)
+        network, query = read(model, path, name)
         left = seconds - (time.perf_counter() - begin)
         if left <= 0:
             decision = Decision("timed-out", "time was up before query and network were read")
@@ -191,42 +190,3 @@ def _subject(files: Sequence[str], networks: Sequence[str]) -> tuple[str, str, s
     if not equals or not name or not file:
         raise SpecError(f"--network: cannot read {networks[0]!r}; write NAME=FILE.onnx")
     return file, files[0], name
-
-
-def _read(model: str, path: str, name: str | None) -> tuple[Network, Query]:
-    """Network and query, which fit each other.
-
-    Raises:
-        CalipersError, OSError: a file cannot be read, or they do not fit.
-    """
-    if not Path(path).is_file():
-        raise SpecError(f"{path}: no such file")
-    if not Path(model).is_file():
-        raise SpecError(f"{model}: no such file")
-    network = load_onnx(model)
-    query = load(path, input_shape=network.input_shape, dtype=network.dtype)
-    fit(network, query)
-    if name is not None and query.network is not None and name != query.network:
-        raise SpecError(f"--network: {name!r} is not declared; {path} declares {query.network!r}")
-    return network, query
-
-
-def fit(network: Network, query: Query) -> None:
-    """Refuse a query of another network.
-
-    Raises:
-        SpecError: another number of outputs, or another element type than the network's.
-    """
-    if query.output.size != network.num_classes:
-        raise SpecError(
-            f"{query.path}: declares {query.output.size} outputs, the network has {network.num_classes}; is this the "
-            "network of the query?"
-        )
-    own = str(network.dtype).removeprefix("torch.")
-    for variable in (query.input, query.output):
-        if variable.dtype not in (None, network.dtype):
-            declared = str(variable.dtype).removeprefix("torch.")
-            raise SpecError(
-                f"{query.path}: {variable.name} is declared {declared}, the network computes in {own}; declare it "
-                f"{own}, or real"
-            )

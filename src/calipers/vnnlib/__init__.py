@@ -125,12 +125,15 @@ class Instance(NamedTuple):
 def instances(folder: str | Path) -> list[Instance]:
     """The instances of a benchmark: ``instances.csv`` with lines ``network,property,seconds``, relative to ``folder``.
 
+    ``folder`` may also be such a list itself, whatever its name.
+
     A file may lie there with or without ``.gz``.
 
     Raises:
         SpecError: no such list, a malformed line, or a missing file; the line is named.
     """
-    table = Path(folder) / "instances.csv"
+    table = Path(folder)
+    table = table if table.is_file() else table / "instances.csv"
     if not table.is_file():
         raise SpecError(f"{table}: no such file; give the folder of a benchmark")
     found = []
