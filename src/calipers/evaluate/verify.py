@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -45,6 +46,8 @@ LONGEST, LONGEST_FEW = (
     3.0,
     0.3,
 )  # seconds of it at most; with few inputs searches find witnesses on their way
+ROUNDS = 12  # batches of points of an attack where work is limited, not time
+PACE = 2e-8  # seconds for a value of the network at one point, roughly
 CANDIDATES = 4  # points of a batch that are replayed
 CENTRES = 4  # boxes of a case whose centres are compared
 ROWS = 200  # boxes of a query that are listed in its result
@@ -143,7 +146,8 @@ def decide(
     Args:
         seconds: time limit, kept to about a second.
         memory: bytes that bounds and searches plan for.
-        domains: sub-problems that the complete search of a box may bound: a limit that does not depend on the machine.
+        domains: sub-problems that the complete search of a box may bound. With this limit attacks take a fixed number of
+            rounds too, so that the answer does not depend on the machine as long as the time suffices.
         exact: accept no witness that needs an input's bound to be rounded.
         real: a query that declares float types asks about real arithmetic all the same; otherwise ``unsat`` there also
             covers the rounding of the network's own forward pass.
@@ -239,7 +243,7 @@ class _Search:
             return
         check_parameters(self.network)
         self.stage = "attack"
-        self.attack(FIRST)
+        self.attack(self.left if self.domains is not None else FIRST)
         self.stage = "comparison with onnxruntime"
         self.compare()
         if not self.safe_cases:
@@ -252,7 +256,8 @@ class _Search:
             if not self.open():
                 return
         self.stage = "attack"
-        self.attack(min(ATTACK * self.left, LONGEST_FEW if self.few else LONGEST))
+        longest = LONGEST_FEW if self.few else LONGEST
+        self.attack(self.left if self.domains is not None else min(ATTACK * self.left, longest))
         self.stage = "complete search"
         self.complete()
 
@@ -300,11 +305,19 @@ class _Search:
             found = falsify(
                 self.network, region, spec, seconds=until - time.perf_counter(),
                 suggest=partial(self._suggest, region, spec), dtype=self.network.dtype, seed=self.seed,
+                pace=self.pace,
             )  # fmt: skip
-            for points, which in found:
+            for points, which in islice(found, None if self.domains is None else ROUNDS):
                 self.judge(region, spec, points, which)
                 if time.perf_counter() > until:
                     break
+
+    @cached_property
+    def pace(self) -> float | None:
+        """Seconds for a point: None to measure it, or a rough figure that depends on the network alone."""
+        if self.domains is None:
+            return None
+        return PACE * sum(math.prod(node.shape) for node in self.network.graph.nodes)
 
     def _suggest(self, region: Region, spec: Spec) -> Iterable[Suggestion]:
         with suppress(CalipersError, ValueError):
