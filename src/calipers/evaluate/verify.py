@@ -46,8 +46,11 @@ LONGEST, LONGEST_FEW = (
     3.0,
     0.3,
 )  # seconds of it at most; with few inputs searches find witnesses on their way
-ROUNDS = 12  # batches of points of an attack where work is limited, not time
-PACE = 2e-8  # seconds for a value of the network at one point, roughly
+ROUNDS = 9  # batches of points of an attack where work is limited, not time
+PACE, LEAST_PACE = (
+    2e-8,
+    2e-5,
+)  # seconds for a value of the network at one point, and for a point, roughly
 CANDIDATES = 4  # points of a batch that are replayed
 CENTRES = 4  # boxes of a case whose centres are compared
 ROWS = 200  # boxes of a query that are listed in its result
@@ -146,8 +149,8 @@ def decide(
     Args:
         seconds: time limit, kept to about a second.
         memory: bytes that bounds and searches plan for.
-        domains: sub-problems that the complete search of a box may bound. With this limit attacks take a fixed number of
-            rounds too, so that the answer does not depend on the machine as long as the time suffices.
+        domains: sub-problems that the complete search of a box may bound. With this limit attacks take a fixed number
+            of rounds too, so that the answer does not depend on the machine as long as the time suffices.
         exact: accept no witness that needs an input's bound to be rounded.
         real: a query that declares float types asks about real arithmetic all the same; otherwise ``unsat`` there also
             covers the rounding of the network's own forward pass.
@@ -317,7 +320,8 @@ class _Search:
         """Seconds for a point: None to measure it, or a rough figure that depends on the network alone."""
         if self.domains is None:
             return None
-        return PACE * sum(math.prod(node.shape) for node in self.network.graph.nodes)
+        values = sum(math.prod(node.shape) for node in self.network.graph.nodes)
+        return max(PACE * values, LEAST_PACE)
 
     def _suggest(self, region: Region, spec: Spec) -> Iterable[Suggestion]:
         with suppress(CalipersError, ValueError):
