@@ -488,3 +488,66 @@ def bench(
         exact=exact, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
+
+
+vnncomp = typer.Typer(
+    help="The verification competition: scripts, results checked again, results compared.",
+    no_args_is_help=True,
+)
+app.add_typer(vnncomp, name="vnncomp")
+Benchmarks = Annotated[
+    Path, typer.Option(metavar="DIR", help="Where the benchmarks' networks and queries are.")
+]
+
+
+@vnncomp.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write install_tool.sh, post_install.sh, prepare_instance.sh and run_instance.sh into DIR."""
+    from calipers.cli import benching
+
+    benching.scripts(folder)
+
+
+@vnncomp.command()
+def score(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RESULTS", help="A tool's folder: results.csv and counterexamples."),
+    ],
+    benchmarks: Benchmarks,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RESULTS", help="Another tool's folder, whose counterexamples count."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Points by the rules of 2026: counterexamples replayed, bounds read as rounded and exactly.
+
+    Exit code 1 if any answer is incorrect.
+    """
+    from calipers.cli import benching
+
+    code = benching.rescore(folder, benchmarks=benchmarks, against=against or [], json_file=json)
+    raise typer.Exit(code)
+
+
+@vnncomp.command()
+def compare(
+    ours: Annotated[
+        Path, typer.Argument(metavar="OURS", help="CSV of calipers bench, or a results folder.")
+    ],
+    theirs: Annotated[
+        Path, typer.Argument(metavar="THEIRS", help="Another tool's results folder or CSV.")
+    ],
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Replay their counterexamples where verdicts contradict."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="F.svg", help="Instances solved against time.")
+    ] = None,
+) -> None:
+    """Two tools' verdicts side by side. Exit code 1 if any contradict each other."""
+    from calipers.cli import benching
+
+    raise typer.Exit(benching.peer(ours, theirs, benchmarks=benchmarks, plot=plot))

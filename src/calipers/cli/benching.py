@@ -13,10 +13,13 @@ from typing import Any
 from calipers.cli.commands import console
 from calipers.cli.options import seconds_of, writable
 from calipers.evaluate.bench import Result, Settings, bench, summaries, tasks
-from calipers.evaluate.bench_tables import bench_table
+from calipers.evaluate.bench_tables import bench_table, peer_table, score_table
 from calipers.evaluate.limits import bytes_of
+from calipers.evaluate.peers import compare, compared
 from calipers.evaluate.plots import cactus
 from calipers.evaluate.store import write_atomically
+from calipers.evaluate.vnncomp import score, totals
+from calipers.evaluate.vnncomp_scripts import write_scripts
 
 SOLVED, CONTRADICTED, INTERRUPTED = 0, 1, 130
 
@@ -61,6 +64,47 @@ def run(
     if json_file is not None:
         write_atomically(json_file, json.dumps(_content(results), indent=2, allow_nan=False) + "\n")
     return CONTRADICTED if any(r.contradicts for r in results) else SOLVED
+
+
+def scripts(folder: Path) -> None:
+    """Write the competition's scripts and say where."""
+    for file in write_scripts(folder):
+        sys.stdout.write(f"{file}\n")
+
+
+def rescore(
+    folder: Path, *, benchmarks: Path, against: Sequence[Path], json_file: Path | None
+) -> int:
+    """Check, print, write; returns the exit code."""
+    if json_file is not None:
+        writable("--json", json_file.absolute())
+    found = score(folder, benchmarks, against=against)
+    console().print(score_table(found))
+    if json_file is not None:
+        rows = [
+            {**s.row._asdict(), "counts_as": s.result, "points": s.rounded, "points_exact": s.exact,
+             "counterexample": s.checked._asdict() if s.checked else None, "reason": s.reason}
+            for s in found
+        ]  # fmt: skip
+        content = {"categories": [t._asdict() for t in totals(found)], "rows": rows}
+        write_atomically(json_file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return CONTRADICTED if any(s.rounded < 0 for s in found) else SOLVED
+
+
+def peer(ours: Path, theirs: Path, *, benchmarks: Path | None, plot: Path | None) -> int:
+    """Compare, print, draw; returns the exit code."""
+    if plot is not None:
+        writable("--plot", plot.absolute())
+    name = theirs.name if theirs.is_dir() else theirs.resolve().parent.name
+    pairs = compare(ours, theirs, benchmarks=benchmarks)
+    console().print(peer_table(pairs, name))
+    sides = {"calipers": [p.ours for p in pairs], name: [p.theirs for p in pairs]}
+    series = {
+        k: [r.seconds for r in rows if r.result in ("sat", "unsat")] for k, rows in sides.items()
+    }
+    if plot is not None and any(series.values()):
+        write_atomically(plot, cactus(series))
+    return CONTRADICTED if any(c.contradictions for c in compared(pairs)) else SOLVED
 
 
 def _content(results: Sequence[Result]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from calipers.attacks import pgd
@@ -22,6 +23,7 @@ from calipers.exact import Outcome
 from calipers.graph.graph import Network
 from calipers.ops import kind_of
 from calipers.ops.kinds import Activation, Affine, Extremum
+from calipers.rounding import step
 from calipers.sets import Region
 from calipers.spec import Spec
 
@@ -154,3 +156,17 @@ def _attack(network: Network, region: Region, spec: Spec) -> Tensor:
         return pgd(network, region, spec, steps=10, loss="margin", drop=True, dtype=network.dtype)
     except RegionError:  # a sub-region between two numbers of the network's precision
         return region.center.to(network.dtype)
+
+
+def harder(spec: Spec, radius: Tensor) -> Spec:
+    """The specification whose functionals are smaller by ``radius`` (B, M): if it holds of the real outputs, ``spec``
+    holds of all outputs that are at most that far from them.
+
+    Raises:
+        ValueError: a radius is infinite.
+    """
+    if not bool(torch.isfinite(radius).all()):
+        raise ValueError("the rounding of the network's forward pass is unbounded")
+    d = spec.d.double() - radius.to(spec.d.device)
+    d = step(d, -math.inf, torch.ones_like(d, dtype=torch.bool))
+    return Spec(spec.C.double(), d, spec.clause, spec.strict)

@@ -30,10 +30,9 @@ from calipers.bracket import Model, witness
 from calipers.errors import CalipersError, ModelError, UnsupportedOp
 from calipers.evaluate.checks import agreement, check_parameters, onnxruntime_replica
 from calipers.evaluate.limits import TimeIsUp, alarm
-from calipers.evaluate.solvers import FEW, complete, problem
+from calipers.evaluate.solvers import FEW, complete, harder, problem
 from calipers.exact import Outcome
 from calipers.graph.graph import Network, evaluating
-from calipers.rounding import step
 from calipers.sets import Region
 from calipers.spec import Spec
 from calipers.vnnlib import Case, Query
@@ -385,11 +384,7 @@ class _Search:
         radius = deviation(
             self.network, case.region, case.spec, dtype=self.network.dtype, memory=self.memory
         )
-        if not bool(torch.isfinite(radius).all()):
-            raise ValueError("the rounding of its forward pass is unbounded")
-        d = case.spec.d.double() - radius
-        d = step(d, -math.inf, torch.ones_like(d, dtype=torch.bool))
-        return Spec(case.spec.C, d, case.spec.clause, case.spec.strict)
+        return harder(case.spec, radius)
 
     def bound(self, method: Callable[..., Tensor]) -> None:
         """Lower bounds of the open boxes by one method."""

@@ -53,13 +53,20 @@ class Query:
     dtype: torch.dtype | None = None
     network: str | None = None
 
-    def holds(self, x: Values, y: Values, *, dtype: torch.dtype | None = None) -> bool:
+    def holds(
+        self,
+        x: Values,
+        y: Values,
+        *,
+        dtype: torch.dtype | None = None,
+        tolerance: Fraction = Fraction(0),
+    ) -> bool:
         """Whether inputs ``x`` with outputs ``y`` are a counterexample, by rational arithmetic on the tree as written.
 
         Args:
-            dtype: see `calipers.vnnlib.holds`; by default every literal counts exactly.
+            dtype, tolerance: see `calipers.vnnlib.holds`; by default every literal counts exactly.
         """
-        return holds(self.tree, _flat(x), _flat(y), dtype=dtype)
+        return holds(self.tree, _flat(x), _flat(y), dtype=dtype, tolerance=tolerance)
 
 
 def _flat(values: Values) -> Sequence[float | Fraction]:

@@ -33,6 +33,9 @@ ARITHMETIC: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
+_NONE = Fraction(0)
+
+
 class Node(NamedTuple):
     """``(op args...)``; ``at`` is its place in the text, for messages."""
 
@@ -57,6 +60,7 @@ def holds(
     y: Sequence[float | Fraction],
     *,
     dtype: torch.dtype | None = None,
+    tolerance: Fraction = _NONE,
 ) -> bool:
     """Whether the tree is true at inputs ``x`` and outputs ``y`` (flat, row-major), in rational arithmetic.
 
@@ -65,6 +69,7 @@ def holds(
     Args:
         dtype: read an input's own bounds as the nearest numbers of this dtype, as the checker of the verification
             competitions does; None reads every literal exactly.
+        tolerance: by how much a relation among inputs alone may fail (not ``!=``).
     """
     if not all(isinstance(v, Fraction) or math.isfinite(v) for v in (*x, *y)):
         return False
@@ -83,15 +88,17 @@ def holds(
     def true(node: Node) -> bool:
         if node.op in JUNCTIONS:
             return JUNCTIONS[node.op](true(a) for a in node.args if isinstance(a, Node))
-        left, right = node.args
         if dtype is not None and is_bound(node):
-            return RELATIONS[node.op](
-                *(
-                    Fraction(nearest(a, dtype)) if isinstance(a, Decimal) else value(a)
-                    for a in (left, right)
-                )
-            )
-        return RELATIONS[node.op](value(left), value(right))
+            ends = [
+                Fraction(nearest(a, dtype)) if isinstance(a, Decimal) else value(a)
+                for a in node.args
+            ]
+        else:
+            ends = [value(a) for a in node.args]
+        if RELATIONS[node.op](*ends):
+            return True
+        near = tolerance > 0 and node.op != "!=" and abs(ends[0] - ends[1]) <= tolerance
+        return near and all(v >= 0 for v in variables(node))
 
     return true(tree)
 
