@@ -53,7 +53,7 @@ EXPONENTIAL = {
 @pytest.mark.parametrize("name", EXPONENTIAL)
 def test_exponential_clauses_are_an_error_at_once(name: str) -> None:
     begin = time.process_time()
-    with pytest.raises(SpecError, match="disjuncts|multiplied out"):
+    with pytest.raises(SpecError, match=" disjuncts "):
         loads(EXPONENTIAL[name])
     assert time.process_time() - begin < 2
 
@@ -64,7 +64,7 @@ LONG = {
         "(declare-const X_{i} Real)\n",
     ),
     "or": ("(and (<= X_0 0.{i}) (>= Y_0 0.5))\n", ""),
-    "sum": ("(* 0.5 Y_0) ", ""),
+    "sum": ("(* 0.5 Y_{i}) ", "(declare-const Y_{i} Real)\n"),
 }
 
 
@@ -77,20 +77,21 @@ def long(kind: str, count: int) -> str:
         "or": "(assert (or {}))",
         "sum": "(assert (<= (+ {}) 1))",
     }[kind]
-    return more + BOX + around.format(middle)
+    box = BOX.replace("(declare-const Y_1 Real)", "") if kind == "sum" else BOX
+    return more + box + around.format(middle)
 
 
 @pytest.mark.parametrize("kind", LONG)
 def test_time_is_linear_in_the_text(kind: str) -> None:
     def cost(count: int) -> float:
         source, times = long(kind, count), []
-        for _ in range(3):
+        for _ in range(2):
             begin = time.process_time()
             loads(source)
             times.append(time.process_time() - begin)
         return min(times)
 
-    assert cost(16_000) < 4 * 3 * max(cost(4_000), 0.02)
+    assert cost(8_000) < 4 * 3 * max(cost(2_000), 0.02)
 
 
 CHILD = """
@@ -109,10 +110,7 @@ print(said, after.ru_utime - before.ru_utime, (after.ru_maxrss - before.ru_maxrs
 HUGE = {
     "one word": b"a",
     "parentheses": b"(",
-    "one number": b"1",
-    "blanks": b" ",
     "comments": b"; x\n",
-    "declarations of one": b"(declare-const X_0 Real)\n",
     "zeros": b"\0",
 }
 
@@ -158,7 +156,7 @@ def test_any_words_are_an_answer_or_an_error(head: bool, words: list[str]) -> No
     try:
         loads((BOX if head else "") + " ".join(words))
     except SpecError as error:
-        assert "line" in str(error)
+        assert "line" in str(error)  # noqa: PT017
 
 
 @given(st.binary(max_size=300))
@@ -166,4 +164,4 @@ def test_any_bytes_are_an_answer_or_an_error(data: bytes) -> None:
     try:
         loads(BOX + data.decode("utf-8", errors="replace"))
     except SpecError as error:
-        assert "line" in str(error)
+        assert "line" in str(error)  # noqa: PT017

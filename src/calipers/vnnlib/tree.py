@@ -131,15 +131,17 @@ def affine(term: Term) -> Affine:
         parts = [
             scaled(p, Fraction(-1)) if i or len(parts) == 1 else p for i, p in enumerate(parts)
         ]
-    return reduce(plus, parts)
+    return plus(*parts)
 
 
-def plus(a: Affine, b: Affine) -> Affine:
+def plus(*parts: Affine) -> Affine:
     """The sum, without the variables that cancel."""
-    total = dict(a.coefficients)
-    for variable, c in b.coefficients.items():
-        total[variable] = total.get(variable, Fraction(0)) + c
-    return Affine({v: c for v, c in total.items() if c}, a.constant + b.constant)
+    total: dict[int, Fraction] = {}
+    for part in parts:
+        for variable, c in part.coefficients.items():
+            total[variable] = total.get(variable, Fraction(0)) + c
+    constant = sum((part.constant for part in parts), Fraction(0))
+    return Affine({v: c for v, c in total.items() if c}, constant)
 
 
 def scaled(a: Affine, by: Fraction) -> Affine:
