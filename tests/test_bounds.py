@@ -122,10 +122,11 @@ def test_a_certificate_of_the_public_call_is_exact() -> None:
 
 # -- gradients -----------------------------------------------------------------------------------------------
 
+DIFFERENTIABLE = [m for m in BOUNDS if m != "alpha_crown"]  # which keeps the best of its steps
 SMOOTH = [n for n in ARCHITECTURES if n not in ("affine", "max_pool")]
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", DIFFERENTIABLE)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradients_against_finite_differences(name: str, method: str) -> None:
     network = ARCHITECTURES[name](2)
@@ -164,7 +165,7 @@ def test_gradients_against_finite_differences(name: str, method: str) -> None:
         setattr(module, last, given[2])
 
 
-@pytest.mark.parametrize("method", BOUNDS)
+@pytest.mark.parametrize("method", DIFFERENTIABLE)
 def test_gradcheck(method: str) -> None:
     network = networks.mlp(3, (2, 3, 3))
     module: Any = network.module.double()
@@ -255,7 +256,9 @@ def test_bounds_follow_the_module(method: str) -> None:
         assert after.dtype == again.dtype == network.dtype
         assert torch.equal(after, again), change
         assert not torch.equal(before.to(after.dtype), after), change
-        if module[3].weight.requires_grad:  # and gradients flow, whatever ran without them before
+        if (
+            method in DIFFERENTIABLE and module[3].weight.requires_grad
+        ):  # and gradients flow, whatever ran without them before
             (gradient,) = torch.autograd.grad(after.sum(), module[3].weight)
             assert gradient.abs().sum() > 0
 

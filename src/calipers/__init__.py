@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from calipers.attacks import straight_through as straight_through
     from calipers.attacks import targeted as targeted
     from calipers.bounds import BOUNDS as BOUNDS
+    from calipers.bounds import alpha_crown as alpha_crown
     from calipers.bounds import crown as crown
     from calipers.bounds import crown_ibp as crown_ibp
+    from calipers.bounds import dual as dual
     from calipers.bounds import interval as interval
     from calipers.bracket import Bracket as Bracket
     from calipers.bracket import Evidence as Evidence
@@ -83,8 +85,10 @@ _WHERE = {
     "loss_curve": "calipers.attacks",
     "restart_losses": "calipers.attacks",
     "BOUNDS": "calipers.bounds",
+    "alpha_crown": "calipers.bounds",
     "crown": "calipers.bounds",
     "crown_ibp": "calipers.bounds",
+    "dual": "calipers.bounds",
     "interval": "calipers.bounds",
     "Bracket": "calipers.bracket",
     "Evidence": "calipers.bracket",

@@ -10,9 +10,20 @@ from calipers.bounds.ladder import crown as crown
 from calipers.bounds.ladder import crown_ibp as crown_ibp
 from calipers.bounds.ladder import interval as interval
 from calipers.bounds.ladder import preactivations as preactivations
+from calipers.bounds.slopes import alpha_crown as alpha_crown
+from calipers.bounds.slopes import dual as dual
 
 BOUNDS: dict[str, Callable[..., Tensor]] = {
     "interval": interval,
     "crown_ibp": crown_ibp,
+    "dual": dual,
     "crown": crown,
+    "alpha_crown": alpha_crown,
 }
+
+BELOW = {
+    "crown_ibp": "interval",
+    "dual": "interval",
+    "crown": "crown_ibp",
+    "alpha_crown": "crown",
+}  # the rung that each one is never below

@@ -29,6 +29,7 @@ from calipers.bounds.state import (
     working_dtype,
 )
 from calipers.graph.graph import Network, Node
+from calipers.ops import facts
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -59,7 +60,7 @@ def interval(
     Cost: about two forward passes.
     Reference: Gowal et al. 2018 (IBP), eqs. 6-11.
     """
-    return _chunked(_interval, network, region, spec, dtype, rigorous, memory, statistics)
+    return chunked(interval_bounds, network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def crown_ibp(
@@ -78,7 +79,7 @@ def crown_ibp(
     Cost: about three forward passes and one backward pass of M rows.
     Reference: Zhang et al. 2020 (CROWN-IBP), section 3.
     """
-    return _chunked(_crown_ibp, network, region, spec, dtype, rigorous, memory, statistics)
+    return chunked(_crown_ibp, network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def crown(
@@ -100,8 +101,8 @@ def crown(
     Cost: one backward row per unstable neuron and side, rows in chunks within ``memory``.
     Reference: Zhang et al. 2018 (CROWN); adaptive lower slopes.
     """
-    run = _crown if raw else _crown_over_ibp
-    return _chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
+    run = _crown if raw else crown_over_ibp
+    return chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def preactivations(
@@ -119,14 +120,20 @@ def preactivations(
     """
     dtype = working_dtype(network, None, dtype, rigorous=rigorous)
     state = start(network, region, dtype=dtype, rigorous=rigorous, memory=memory, statistics=None)
-    propagate(state, tighten=_tightener(state) if tight else None)
+    propagate(state, tighten=tightener(state) if tight else None)
     return state.boxes
+
+
+def neurons(network: Network) -> int:
+    """How many values of the graph come out of a nonlinear op."""
+    steps = facts(network.graph).steps
+    return sum(math.prod(s.node.shape) for s in steps if not isinstance(s.kind, Affine))
 
 
 # -- running in chunks ----------------------------------------------------------------------------------------
 
 
-def _chunked(
+def chunked(
     run: Run,
     network: Network,
     region: Region,
@@ -155,14 +162,14 @@ def _chunked(
     return torch.cat(parts)
 
 
-def _row_bytes(network: Network, dtype: torch.dtype) -> int:
+def row_bytes(network: Network, dtype: torch.dtype) -> int:
     """Working memory of one backward row: its widest value, a few times over."""
     return 6 * dtype.itemsize * max(math.prod(network.input_shape), network.graph.widest)
 
 
 def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dtype) -> int:
     """How many examples to take at a time: their values and intervals, and the functionals' rows."""
-    row = _row_bytes(network, dtype)
+    row = row_bytes(network, dtype)
     values = len(network.graph.nodes) * row
     return max(1, (memory or DEFAULT_MEMORY) // (row * max(spec.C.shape[1], 2) + values))
 
@@ -170,7 +177,7 @@ def _examples(network: Network, spec: Spec, memory: int | None, dtype: torch.dty
 # -- the three readings ------------------------------------------------------------------------------------------
 
 
-def _interval(state: State, spec: Spec) -> Tensor:
+def interval_bounds(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
     graph, known = state.network.graph, state.facts
     tail = known.tail
@@ -178,7 +185,7 @@ def _interval(state: State, spec: Spec) -> Tensor:
     if not tail:
         return _from_box(state, C, d)
     (low,) = lower_bounds(state, graph.output, C.transpose(0, 1), tail, last=False)
-    return _at_reference(state, C, d) + low.T
+    return at_reference(state, C, d) + low.T
 
 
 def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
@@ -190,7 +197,7 @@ def _from_box(state: State, C: Tensor, d: Tensor) -> Tensor:
     return value - state.gamma(C.shape[-1] + 1) * size
 
 
-def _at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
+def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     """C·z + d at the reference output, less its rounding: (B, M)."""
     z: Tensor = state.env[state.network.graph.output]
     value = torch.baddbmm(d.unsqueeze(-1), C, z.unsqueeze(-1))
@@ -205,27 +212,27 @@ def _crown_ibp(state: State, spec: Spec) -> Tensor:
     propagate(state, until=state.network.graph.output)
     tail = state.facts.tail
     if not tail:
-        return torch.maximum(_functionals(state, C, d), _from_box(state, C, d))
-    return _functionals(state, C, d, tail)
+        return torch.maximum(functionals(state, C, d), _from_box(state, C, d))
+    return functionals(state, C, d, tail)
 
 
 def _crown(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    propagate(state, tighten=_tightener(state), until=state.network.graph.output)
-    return _functionals(state, C, d)
+    propagate(state, tighten=tightener(state), until=state.network.graph.output)
+    return functionals(state, C, d)
 
 
-def _crown_over_ibp(state: State, spec: Spec) -> Tensor:
+def crown_over_ibp(state: State, spec: Spec) -> Tensor:
     weak = _crown_ibp(state, spec)
     return torch.maximum(_crown(state, spec), weak)
 
 
-def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) -> Tensor:
+def functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) -> Tensor:
     """The better of the bounds before the tail (if given) and at the input for rows C of the output: (B, M)."""
     output = state.network.graph.output
-    row = _row_bytes(state.network, state.dtype)
+    row = row_bytes(state.network, state.dtype)
     A = C.transpose(0, 1)
-    parts = [
+    found = [
         joined(
             [
                 reduce(torch.maximum, lower_bounds(part, output, A[rows, span], tail))
@@ -233,12 +240,12 @@ def _functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ())
             ],
             0,
         )
-        for part, span, cuts in _parts(state, [len(A)] * state.batch, row)
+        for part, span, cuts in parts(state, [len(A)] * state.batch, row)
     ]
-    return _at_reference(state, C, d) + joined(parts, 1).T
+    return at_reference(state, C, d) + joined(found, 1).T
 
 
-def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:
+def parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:
     """Cut a batch with ``counts`` rows per example into runs of examples, and those into row ranges, so that
     one piece fits the budget: big examples alone, small ones together."""
     limit = max(1, state.budget // row)  # rows of so many bytes in one piece
@@ -256,8 +263,11 @@ def _parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, s
         first = last
 
 
-def _tightener(state: State) -> Callable[[State, Node], None]:
-    """Improve, before a nonlinear node reads them, the intervals of its operands' elements that matter."""
+def tightener(state: State, *, raw: bool = False) -> Callable[[State, Node], None]:
+    """Improve, before a nonlinear node reads them, the intervals of its operands' elements that matter.
+
+    With ``raw`` every element's interval is replaced by what the backward pass alone gives.
+    """
     status = exactness(state)
     box = math.isinf(state.region.p)
     done = set(state.network.graph.inputs)
@@ -272,7 +282,8 @@ def _tightener(state: State) -> Callable[[State, Node], None]:
             done.add(name)
             if box and status[name] != "loose":
                 continue
-            _refine(state, name, _undecided(state, node, kind, name))
+            mask = _undecided(state, node, kind, name)
+            refine(state, name, torch.ones_like(mask) if raw else mask, meet=not raw)
 
     return tighten
 
@@ -288,8 +299,30 @@ def _undecided(
     return flat(torch.ones_like(known.lower, dtype=torch.bool))
 
 
-def _refine(state: State, name: str, mask: Tensor) -> None:
-    """Meet the interval of ``name`` with CROWN's on the elements of ``mask`` (B, N)."""
+def nonlinear_operands(state: State) -> dict[str, Tensor]:
+    """The values that nonlinear nodes read, in order, and which of their elements matter there: (B, N)."""
+    found: dict[str, Tensor] = {}
+    for step in state.facts.steps:
+        kind = state.kind(step.node)
+        if isinstance(kind, Affine):
+            continue
+        for name in step.reads:
+            if name not in state.network.graph.inputs:
+                mask = _undecided(state, step.node, kind, name)
+                found[name] = found[name] | mask if name in found else mask
+    return found
+
+
+def refine(
+    state: State,
+    name: str,
+    mask: Tensor,
+    bounds: Callable[[State, str, Tensor], Interval] = both_bounds,
+    *,
+    meet: bool = True,
+) -> None:
+    """Meet the interval of ``name`` with the one from ``bounds`` on the elements of ``mask`` (B, N); without
+    ``meet`` put it in its place."""
     counts = mask.sum(1).tolist()
     if not any(counts):
         return
@@ -297,17 +330,19 @@ def _refine(state: State, name: str, mask: Tensor) -> None:
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     low, high = (flat(end) for end in state.boxes[name])
     lows, highs = [], []
-    row = _row_bytes(state.network, state.dtype)
+    row = row_bytes(state.network, state.dtype)
     small = elements(state.network.graph, state.env, name, state.network.input_shape)
     if small is not None:
         row = min(row, 6 * state.dtype.itemsize * small)
-    for part, span, cuts in _parts(state, [2 * c for c in counts], row):
+    for part, span, cuts in parts(state, [2 * c for c in counts], row):
         index = order[span, : max(counts[span])]
-        bounds = [both_bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
-        found = [joined(list(ends), 0).T for ends in zip(*bounds, strict=True)]
+        ends = [bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
+        found = [joined(list(end), 0).T for end in zip(*ends, strict=True)]
         wanted = mask[span].gather(1, index)
         pair = low[span], high[span]
-        if found:
+        if found and not meet:
+            pair = tuple(end.scatter(1, index, new) for end, new in zip(pair, found, strict=True))  # type: ignore[assignment]
+        elif found:
             pair = _narrowed(*pair, index, wanted, *found)
         lows.append(pair[0])
         highs.append(pair[1])

@@ -11,24 +11,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.bounds import patches
-from calipers.bounds.patches import Patch
-from calipers.bounds.state import PIECE, State, absolute, at, flat, joined
+from calipers.bounds.patches import Parts, Patch, Rows
+from calipers.bounds.planes import bilinear, extremum
+from calipers.bounds.state import State, absolute, at, dot, flat
 from calipers.graph.graph import Node
 from calipers.ops import Step
 from calipers.ops.affine import AFFINE
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Kind, Lines
 from calipers.sets import Interval
 
-Rows = Tensor | Patch  # (S, B, *shape), or windows of it
-Parts = dict[int, Rows]  # operand number -> rows
 MANY = 64  # rows of one example from which on picking the columns that count pays
+
+
+class Chosen(Protocol):
+    """Lines, and multipliers, that are each row's own."""
+
+    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+        """In deviations from the reference (`deviations`), broadcastable to the rows ``A``."""
+        ...
+
+    def constraint(self, state: State, node: Node) -> tuple[Tensor, Tensor] | None:
+        """Of Σ m·(v − t) >= 0, known of the node's operand v: m (S, B, *shape), and m·(z − t) rounded up (S, B)."""
+        ...
 
 
 def lower_bounds(
@@ -38,6 +49,7 @@ def lower_bounds(
     tail: Collection[str] = (),
     *,
     last: bool = True,
+    chosen: Chosen | None = None,
 ) -> list[Tensor]:
     """Lower bounds of A·(h − z) for rows ``A`` (S, B, *shape) of the value ``name``: (S, B) each.
 
@@ -45,8 +57,9 @@ def lower_bounds(
         tail: values; if given there is one more bound, first in the list: where the walk leaves them, what it
             has reached is concretised by its intervals.
         last: go on to the input for one more bound.
+        chosen: lines of the rows' own.
     """
-    pull = _Pull(state, name)
+    pull = _Pull(state, name, chosen)
     pull.rows[name] = A
     totals = []
     if tail:
@@ -58,10 +71,21 @@ def lower_bounds(
     return totals
 
 
-def both_bounds(state: State, name: str, index: Tensor) -> Interval:
+def at_the_input(state: State, name: str, A: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Rows ``A`` (S, B, *shape) of a value pulled back to the input, and their `lower_bounds`."""
+    pull = _Pull(state, name, chosen)
+    pull.rows[name] = A
+    pull.walk()
+    (source,) = state.network.graph.inputs
+    rows = pull.rows[source]
+    dense = patches.dense(rows, state.shape(source)) if isinstance(rows, Patch) else rows
+    return dense, pull.total()
+
+
+def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = None) -> Interval:
     """Bounds of the elements ``index`` (S, B), flat positions of the value ``name``: (S, B) each."""
     z = flat(state.env[name]).gather(1, index.T).T
-    low, high = _Pull(state, name).elements_at(index)
+    low, high = _Pull(state, name, chosen).elements_at(index)
     # adding the reference value rounds once more
     slack = (
         state.gamma(1) * (z.abs() + torch.maximum(low.abs(), high.abs())) if state.rigorous else 0.0
@@ -72,8 +96,8 @@ def both_bounds(state: State, name: str, index: Tensor) -> Interval:
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
-    def __init__(self, state: State, name: str) -> None:
-        self.state, self.name = state, name
+    def __init__(self, state: State, name: str, chosen: Chosen | None = None) -> None:
+        self.state, self.name, self.chosen = state, name, chosen
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | None = None
         self.elements = self.mirrored = False
@@ -128,6 +152,9 @@ class _Pull:
         bias: Tensor | None
         if not isinstance(kind, Activation):
             parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
+        elif self.chosen is not None:
+            rows = _mirrored(A) if split else A
+            parts, bias = _chosen(state, kind, node, rows, self.chosen)
         elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, A.shape[0])):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
@@ -192,7 +219,7 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
             A = patches.dense(A, state.shape(name))
         if size is None:
             return _over_region(state, name, A)
-        low = -_dot(A, size, size=True)
+        low = -dot(A, size, size=True)
         count = math.prod(A.shape[2:])
     return low * (1 + state.gamma(count + 4)) if state.rigorous else low
 
@@ -202,11 +229,11 @@ def _over_region(state: State, name: str, A: Tensor) -> Tensor:
     symmetric = math.isinf(state.region.p)
     low = -state.region.reach(A if symmetric else -A, state.frame)
     if not symmetric:
-        low = low + _dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
+        low = low + dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
     if not state.rigorous:
         return low
     size = state.once("deviation", name, _deviation)
-    return low - state.gamma(math.prod(A.shape[2:]) + 4) * _dot(A, size, size=True)
+    return low - state.gamma(math.prod(A.shape[2:]) + 4) * dot(A, size, size=True)
 
 
 def _deviation(state: State, name: str) -> Tensor:
@@ -215,7 +242,7 @@ def _deviation(state: State, name: str) -> Tensor:
     return torch.maximum(z - box.lower, box.upper - z)
 
 
-def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
+def look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
     """The windows of ``v`` that rows lie on; the table of all of them serves every chunk of rows."""
     h, w = A.data.shape[-2:]
     key = (f"{what} {h} {w} {A.grid}", "table")
@@ -225,21 +252,7 @@ def _look(state: State, what: str, v: Tensor, A: Patch) -> Tensor:
 
 
 def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
-    return (A.data * _look(state, what, v, A)).flatten(2).sum(-1)
-
-
-def _dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
-    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
-    rows, vector = flat(A, 2), flat(v)
-    single = vector.shape[0] == 1
-    if single or A.device.type != "cpu":
-        rows = (rows.abs() if size else rows).transpose(0, 1)
-        product = torch.bmm(rows, vector.unsqueeze(-1))
-        return product.squeeze(0) if single else product.squeeze(-1).T
-    # many products with one column each are slow on a CPU; these passes stay in the cache
-    step = max(1, PIECE // (vector.numel() * vector.itemsize))
-    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
-    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
+    return (A.data * look(state, what, v, A)).flatten(2).sum(-1)
 
 
 # -- affine -------------------------------------------------------------------------------------------------
@@ -263,7 +276,7 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
             return parts, bias
         A = patches.dense(A, node.shape)
     if noise is not None:
-        bias = -_dot(A, noise, size=True)
+        bias = -dot(A, noise, size=True)
     stacked = A.flatten(0, 1)
     for index in active:
         shape = state.shape(node.operands[index])
@@ -328,16 +341,23 @@ class _Relaxed(NamedTuple):
     gap: Tensor
 
 
-def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+def deviations(
+    state: State,
+    kind: Activation,
+    node: Node,
+    box: Interval,
+    z: Tensor,
+    out: Tensor,
+    choice: tuple[Tensor, Tensor] | None,
+) -> Lines:
+    """The lines of an activation in deviations from the reference: offsets at the reference, less the output there."""
     args, kwargs = state.arguments(node)
-    z, out = args[0], state.env[node.name]
-    box = state.boxes[node.operands[0]]
-    lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    if choice is None or kind.tuned is None:
+        lines: Lines = kind.relax(box, *args[1:], **kwargs)
+    else:
+        lines = kind.tuned.lines(box, *choice, *args[1:], **kwargs)
     low = torch.addcmul(lines.lower_offset - out, lines.lower_slope, z)
     high = torch.addcmul(lines.upper_offset - out, lines.upper_slope, z)
-    gap, bend = high - low, lines.upper_slope - lines.lower_slope
-    mid = torch.add(lines.lower_slope, bend, alpha=0.5)
-    offset = torch.add(low, gap, alpha=0.5)
     if state.rigorous:
         with torch.no_grad():
             size = z.abs() + torch.maximum(box.lower.abs(), box.upper.abs())
@@ -345,9 +365,73 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
             offsets = lines.lower_offset.abs() + lines.upper_offset.abs() + out.abs()
             # the lines themselves, and the sums over all neurons that their offsets will enter
             rounding = state.gamma(16 + int(kind.ulps)) * (slopes * size + offsets)
-            sums = state.gamma(z[0].numel()) * (low.abs() + high.abs() + rounding)
-            gap = gap + 2 * (rounding + sums)
+            sums = state.gamma(math.prod(node.shape)) * (low.abs() + high.abs() + rounding)
+            rounding = rounding + sums
+        low, high = low - rounding, high + rounding
+    return Lines(lines.lower_slope, low, lines.upper_slope, high)
+
+
+def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
+    args, _ = state.arguments(node)
+    box, out = state.boxes[node.operands[0]], state.env[node.name]
+    choice = state.choose(kind, box, args[1:]) if state.choose else None
+    lower_slope, low, upper_slope, high = deviations(state, kind, node, box, args[0], out, choice)
+    gap, bend = high - low, upper_slope - lower_slope
+    mid, offset = torch.add(lower_slope, bend, alpha=0.5), torch.add(low, gap, alpha=0.5)
     return _Relaxed(mid, bend, offset, gap)
+
+
+class _Bend(torch.autograd.Function):
+    """A ↦ A⁺·lower + A⁻·upper, slopes and offsets alike: (rows, bias of each row).
+
+    Written out because optimising lines spends its time here: the sides are picked once, and little is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, low_slope: Tensor, low: Tensor, up_slope: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        positive = A >= 0
+        slope = torch.where(positive, low_slope, up_slope)
+        offset = torch.where(positive, low, high)
+        ctx.save_for_backward(A, slope, offset)
+        ctx.shapes = [v.shape for v in (low_slope, low, up_slope, high)]
+        return A * slope, (A * offset).flatten(2).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        A, slope, offset = ctx.saved_tensors
+        rows, bias = grads
+        bias = bias.reshape(*bias.shape, *[1] * (A.ndim - 2))
+        found: list[Tensor | None] = [None] * 5
+        if ctx.needs_input_grad[0]:
+            found[0] = torch.addcmul(rows * slope, bias, offset)
+        for side, first in ((A.clamp_min(0), 1), (A.clamp_max(0), 3)):
+            for i, grad in ((first, rows), (first + 1, bias)):
+                if ctx.needs_input_grad[i]:
+                    found[i] = (side * grad).sum_to_size(ctx.shapes[i - 1])
+        return tuple(found)
+
+
+def _chosen(
+    state: State, kind: Activation, node: Node, A: Rows, chosen: Chosen
+) -> tuple[Parts, Tensor]:
+    """`_activation` with lines of each row's own, and with multipliers of what is known of its operand."""
+    lines = chosen.lines(state, kind, node, A)
+    data = patches.clip(A, node.shape).data if isinstance(A, Patch) else A
+    rows, bias = _Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
+    if isinstance(A, Patch):
+        return {0: A.moved(rows, clipped=True)}, bias
+    known = chosen.constraint(state, node)
+    if known is None:
+        return {0: rows}, bias
+    rows, bias = rows - known[0], bias - known[1]
+    if state.rigorous:
+        name = node.operands[0]
+        bias = bias - state.gamma(2) * dot(
+            rows, state.once("deviation", name, _deviation), size=True
+        )
+    return {0: rows}, bias
 
 
 def _activation(
@@ -356,7 +440,7 @@ def _activation(
     """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
-        looked = _look(state, f"lines of {node.name}", maps, A)
+        looked = look(state, f"lines of {node.name}", maps, A)
         mid, bend, offset, gap = looked.chunk(4, 2)
         data, size = A.data, A.data.abs()
         straight = (data * offset).flatten(2).sum(-1)
@@ -364,7 +448,7 @@ def _activation(
     else:
         mid, bend, offset, gap = _lines(state, kind, node.name)
         data, size = A, A.abs()
-        straight, loss = _dot(A, offset), _dot(size, gap)
+        straight, loss = dot(A, offset), dot(size, gap)
     along = data * mid
     if not split:
         rows = along.addcmul_(size, bend, value=-0.5)
@@ -427,109 +511,8 @@ def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
     return state.once("lines", name, lambda s, _: _relaxed(s, kind, node))
 
 
-# -- products and maxima -----------------------------------------------------------------------------------------
-
-
-def _bilinear(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
-    """McCormick: of the two planes on each side, the one that is clearly tighter at the reference.
-
-    At the middle of the box they tie, and rounding must not decide.
-    """
-    node = step.node
-    (x, y), _ = state.arguments(node)
-    out = state.env[node.name]
-    xl, xu = state.boxes[node.operands[0]]
-    yl, yu = state.boxes[node.operands[1]]
-
-    def plane(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a·x + b·y − a·b, as slopes and the value at the reference less the output."""
-        return a, b, a * x + b * y - a * b - out
-
-    low, low2 = plane(yl, xl), plane(yu, xu)
-    high, high2 = plane(yu, xl), plane(yl, xu)
-    clearly = (xu - xl) * (yu - yl) / 64
-    better, lower = low2[2] > low[2] + clearly, high2[2] < high[2] - clearly
-    low = tuple(torch.where(better, q, p) for p, q in zip(low, low2, strict=True))  # type: ignore[assignment]
-    high = tuple(torch.where(lower, q, p) for p, q in zip(high, high2, strict=True))  # type: ignore[assignment]
-    plus, minus = A.clamp_min(0), A.clamp_max(0)
-    bias = _dot(plus, low[2]) + _dot(minus, high[2])
-    gamma = state.gamma(out[0].numel() + 16)
-    if gamma:
-        xm, ym = torch.maximum(xl.abs(), xu.abs()), torch.maximum(yl.abs(), yu.abs())
-        bias = bias - _dot(A, gamma * 4 * (xm * ym + out.abs()), size=True)
-    parts: Parts = {}
-    for i, slope in enumerate((0, 1)):
-        rows = plus * low[slope] + minus * high[slope]
-        shape = state.shape(node.operands[i])
-        wide = [d + 2 for d, n in enumerate(shape) if n == 1 and rows.shape[d + 2] != 1]
-        parts[i] = rows.sum(wide, keepdim=True) if wide else rows
-    return parts, bias
-
-
-class _Windows(NamedTuple):
-    """For each window: where its best lower end lies, and an upper line slope·x_j + offset."""
-
-    low_at: Tensor
-    low_gap: Tensor
-    high_at: Tensor
-    high_slope: Tensor
-    high_gap: Tensor
-
-
-def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
-    args, kwargs = state.arguments(node)
-    z, out = flat(args[0]), flat(state.env[node.name])
-    box = state.boxes[node.operands[0]]
-    index = kind.windows(tuple(args[0].shape[1:]), *args[1:], **kwargs).to(z.device)
-    index = index.reshape(-1, index.shape[-1])
-    where = index.clamp_min(0)
-    low = torch.where(index >= 0, flat(box.lower)[:, where], -math.inf)
-    high = torch.where(index >= 0, flat(box.upper)[:, where], -math.inf)
-    places = where.expand(len(z), -1, -1)
-
-    def position(pick: Tensor) -> Tensor:
-        return places.gather(2, pick.unsqueeze(2)).squeeze(2)
-
-    best = low.argmax(2)
-    top, pick = high.max(2)
-    rest = (
-        high.scatter(2, pick.unsqueeze(2), -math.inf).amax(2)
-        if high.shape[2] > 1
-        else torch.full_like(top, -math.inf)
-    )
-    bottom = low.gather(2, pick.unsqueeze(2)).squeeze(2)
-    # max(x_j, rest) lies under its chord on [l_j, u_j]; where rest <= l_j it is x_j itself
-    crossing = rest > bottom
-    slope = torch.where(crossing, (top - rest) / torch.where(crossing, top - bottom, 1.0), 1.0)
-    offset = torch.where(crossing, rest - slope * bottom, 0.0)
-    low_at, high_at = position(best), position(pick)
-    low_gap = z.gather(1, low_at) - out
-    high_gap = slope * z.gather(1, high_at) + offset - out
-    gamma = state.gamma(out.shape[1] + 16)
-    if gamma:
-        slack = gamma * (
-            top.abs() + bottom.abs() + torch.where(crossing, rest.abs(), 0.0) + out.abs()
-        )
-        low_gap, high_gap = low_gap - slack, high_gap + slack
-    return _Windows(low_at, low_gap, high_at, slope, high_gap)
-
-
-def _extremum(state: State, step: Step, A: Tensor) -> tuple[Parts, Tensor | None]:
-    node = step.node
-    kind: Extremum = step.kind  # type: ignore[assignment]
-    w = state.once("windows", node.name, lambda s, _: _windows(s, kind, node))
-    rows = flat(A, 2)
-    plus, minus = rows.clamp_min(0), rows.clamp_max(0)
-    bias = _dot(plus, w.low_gap) + _dot(minus, w.high_gap)
-    shape = state.shape(node.operands[0])
-    out = rows.new_zeros(*rows.shape[:2], math.prod(shape))
-    out = out.scatter_add(2, w.low_at.expand_as(rows), plus)
-    out = out.scatter_add(2, w.high_at.expand_as(rows), minus * w.high_slope)
-    return {0: out.reshape(*A.shape[:2], *shape)}, bias
-
-
 RULES: dict[type, Callable[..., tuple[Parts, Tensor | None]]] = {
     Affine: _affine,
-    Bilinear: _bilinear,
-    Extremum: _extremum,
+    Bilinear: bilinear,
+    Extremum: extremum,
 }

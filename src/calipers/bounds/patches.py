@@ -60,6 +60,10 @@ class Patch:
         return Patch(data, self.place, self.grid, self.clipped if clipped is None else clipped)
 
 
+Rows = Tensor | Patch  # (S, B, *shape), or windows of it
+Parts = dict[int, Rows]  # operand number -> rows
+
+
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (tuple(value) * 2)[:2]
 
@@ -91,8 +95,7 @@ def _through_conv(node: Node, rows: Patch, weight: Tensor) -> Patch | None:
     if plain is None:
         return None
     (sy, sx), (py, px) = plain
-    data = rows.data if rows.clipped else rows.data * _inside(rows, node.shape).unsqueeze(2)
-    grown = pull_back(data.flatten(0, 1), weight, (sy, sx))
+    grown = pull_back(clip(rows, node.shape).data.flatten(0, 1), weight, (sy, sx))
     g = rows.grid
     grid = g._replace(y=g.y * sy - py, x=g.x * sx - px, down=g.down * sy, right=g.right * sx)
     return Patch(grown.reshape(*rows.data.shape[:2], *grown.shape[1:]), rows.place, grid)
@@ -145,13 +148,20 @@ def _inside(rows: Patch, shape: Shape) -> Tensor:
     return ((y >= 0) & (y < height)).unsqueeze(-1) & ((x >= 0) & (x < width)).unsqueeze(-2)
 
 
+def clip(rows: Patch, shape: Shape) -> Patch:
+    """The same rows, zero outside the map."""
+    if rows.clipped:
+        return rows
+    return rows.moved(rows.data * _inside(rows, shape).unsqueeze(2), clipped=True)
+
+
 def dense(rows: Patch, shape: Shape) -> Tensor:
     """The same rows as (S, B, C, H, W)."""
     channels, height, width = shape
     S, B = rows.place.shape
     y, x = _coordinates(rows)
     flat = y.clamp(0, height - 1).unsqueeze(-1) * width + x.clamp(0, width - 1).unsqueeze(-2)
-    data = rows.data * _inside(rows, shape).unsqueeze(2)
+    data = clip(rows, shape).data
     out = data.new_zeros(S, B, channels, height * width)
     flat = flat.flatten(2).unsqueeze(2).expand(-1, -1, channels, -1)
     return out.scatter_add(3, flat, data.flatten(3)).reshape(S, B, *shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from calipers.errors import UnsupportedOp
 from calipers.graph.graph import Graph, Network, Node, bind, resolve
-from calipers.ops import Facts, Kind, facts
+from calipers.ops import Activation, Facts, Kind, facts
 from calipers.sets import Frame, Interval, Region
 from calipers.spec import Spec
 from calipers.work import spend
 
 T = TypeVar("T")
+Choose = Callable[[Activation, Interval, Sequence[Any]], tuple[Tensor, Tensor] | None]
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
 CACHE = 8 << 20  # on a CPU, backward rows are worked on in pieces of this many bytes: it is faster
 PIECE = 1 << 19  # and passes over their elements in pieces of this many
@@ -40,6 +42,9 @@ class State:
         frame: the region in the working dtype.
         gamma: n -> rounding allowance for a sum of n terms; zero where rounding is not accounted for.
         memory: bytes of working memory to plan for.
+        choose: picks the lines of activations, the same for all rows, by kind, interval and further arguments (see
+            `Tuned`); None, here or as its answer: `Activation.relax`.
+        deadline: a value of `time.perf_counter`, after which the next step raises `TimeoutError`.
     """
 
     network: Network
@@ -56,8 +61,10 @@ class State:
         default_factory=set
     )  # refined: the reference is not the box's centre
     changed: set[str] = field(default_factory=set)  # since it was first propagated
+    choose: Choose | None = None
+    deadline: float = math.inf
     parent: State | None = None
-    span: slice = field(default_factory=lambda: slice(None))  # of the parent's examples
+    span: slice | Tensor = field(default_factory=lambda: slice(None))  # of the parent's examples
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,11 +137,17 @@ class State:
         self.widths.pop(name, None)
 
     def spend(self, rows: int) -> None:
-        """Count ``rows`` taken through one node: through all of them they would be as many passes of the network."""
+        """Count ``rows`` taken through one node: through all of them they would be as many passes of the network.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        if time.perf_counter() > self.deadline:
+            raise TimeoutError("the deadline passed while bounds were computed")
         spend(rows / len(self.facts.steps))
 
-    def part(self, span: slice) -> State:
-        """The same computation for some of the examples; views, not copies."""
+    def part(self, span: slice | Tensor) -> State:
+        """The same computation for some of the examples: of a slice views, not copies."""
         active = self.network.graph.active
         return State(
             self.network,
@@ -145,12 +158,21 @@ class State:
             self.rigorous,
             self.memory,
             {k: _cut(v, span) for k, v in self.boxes.items()},
+            choose=self.choose,
+            deadline=self.deadline,
             parent=self,
             span=span,
         )
 
+    def select(self, index: Tensor) -> State:
+        """The same computation for the examples ``index``, on its own: what it refines is its own."""
+        other = self.part(index)
+        other.parent, other.span = None, slice(None)
+        other.off_centre, other.changed = set(self.off_centre), set(self.changed)
+        return other
 
-def _cut(value: Any, span: slice) -> Any:
+
+def _cut(value: Any, span: slice | Tensor) -> Any:
     """The examples ``span`` of a tensor or of each tensor in a named tuple."""
     if isinstance(value, Tensor):
         return value[span]
@@ -166,6 +188,20 @@ def flat(value: Tensor, lead: int = 1) -> Tensor:
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
+    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
+    rows, vector = flat(A, 2), flat(v)
+    single = vector.shape[0] == 1
+    if single or A.device.type != "cpu":
+        rows = (rows.abs() if size else rows).transpose(0, 1)
+        product = torch.bmm(rows, vector.unsqueeze(-1))
+        return product.squeeze(0) if single else product.squeeze(-1).T
+    # many products with one column each are slow on a CPU; these passes stay in the cache
+    step = max(1, PIECE // (vector.numel() * vector.itemsize))
+    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
+    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
 
 
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"

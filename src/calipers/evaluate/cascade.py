@@ -6,7 +6,6 @@ bounds on what is not broken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from calipers.attacks import auto, fgsm, pgd
 from calipers.bounds import crown, crown_ibp, interval
+from calipers.bounds.ladder import neurons
 from calipers.errors import unknown_name
 from calipers.evaluate.solvers import complete
 from calipers.graph.graph import Network
-from calipers.ops import kind_of
-from calipers.ops.kinds import Affine
 from calipers.sets import Region
 from calipers.spec import Spec
 
@@ -104,15 +102,6 @@ def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
         Stage("complete", "exact", complete, math.inf),
     )
     return tuple(sorted(stages, key=lambda stage: stage.cost))
-
-
-def neurons(network: Network) -> int:
-    """How many values of the graph come out of a nonlinear op."""
-    graph = network.graph
-    active = [node for node in graph.nodes if node.name in graph.active]
-    return sum(
-        math.prod(node.shape) for node in active if not isinstance(kind_of(graph, node), Affine)
-    )
 
 
 def select(names: Sequence[str], network: Network | None = None) -> tuple[Stage, ...]:

@@ -1,0 +1,325 @@
+"""Bounds whose lines are chosen: optimised for each functional (alpha-CROWN), or parallel (the Wong-Kolter dual).
+
+Any choice of lines gives a bound, so an optimiser can only fail to help: `ascend` keeps the best value it saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from calipers.bounds.interval import exactness, propagate
+from calipers.bounds.ladder import (
+    Statistics,
+    at_reference,
+    chunked,
+    crown_over_ibp,
+    functionals,
+    interval_bounds,
+    nonlinear_operands,
+    parts,
+    refine,
+    row_bytes,
+    tightener,
+)
+from calipers.bounds.linear import both_bounds, deviations, look, lower_bounds
+from calipers.bounds.patches import Patch, Rows
+from calipers.bounds.state import State, check_spec, flat, joined
+from calipers.graph.graph import Network, Node
+from calipers.ops.kinds import Activation, Lines
+from calipers.sets import Interval, Region
+from calipers.spec import Spec
+
+
+class Choice(NamedTuple):
+    """The two numbers of `Tuned` for each coefficient of an activation's rows, and what their lines are made of."""
+
+    lower: Tensor
+    upper: Tensor
+    box: Interval
+    z: Tensor
+    out: Tensor
+
+
+class OwnLines:
+    """Lines of every row's own, by activation; they begin where `Tuned.start` says."""
+
+    def __init__(self) -> None:
+        self.choices: dict[str, Choice] = {}
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What can be optimised; a tensor that serves both sides once."""
+        both = {id(v): v for c in self.choices.values() for v in (c.lower, c.upper)}
+        return [v for v in both.values() if v.requires_grad]
+
+    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+        c = self.choices.get(node.name)
+        if c is None:
+            c = self.choices[node.name] = self._begin(state, kind, node, A)
+        return deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
+
+    def constraint(self, _state: State, _node: Node) -> None:
+        """Nothing more is known of values."""
+
+    def _begin(self, state: State, kind: Activation, node: Node, A: Rows) -> Choice:
+        args, _ = state.arguments(node)
+        box, shape = (
+            state.boxes[node.operands[0]],
+            A.shape if isinstance(A, Tensor) else A.data.shape,
+        )
+        values: tuple[Tensor, ...] = (*box, args[0], state.env[node.name])
+        if isinstance(A, Patch):
+            values = look(state, f"context of {node.name}", torch.cat(values, 1), A).chunk(4, 2)
+        box, z, out = Interval(*values[:2]), values[2], values[3]
+        if kind.tuned is None:
+            none = box.lower.new_zeros(())
+            return Choice(none, none, box, z, out)
+
+        def leaf(value: Tensor) -> Tensor:
+            return value.detach().expand(shape).clone().requires_grad_(torch.is_grad_enabled())
+
+        lower, upper = kind.tuned.start(box, *args[1:])
+        first = leaf(lower)
+        return Choice(first, first if upper is lower else leaf(upper), box, z, out)
+
+
+Evaluate = Callable[[OwnLines], Tensor]
+
+
+def alpha_crown(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    *,
+    steps: int = 8,
+    intermediate_steps: int = 3,
+    share: float = 0.995,
+    stop: bool = True,
+    dtype: torch.dtype | None = None,
+    rigorous: bool = False,
+    memory: int | None = None,
+    statistics: Statistics | None = None,
+) -> Tensor:
+    """Lower bounds by CROWN with lines optimised for each functional, never below `crown`'s.
+
+    First the intermediate bounds that the functionals depend on most are tightened, each with lines of its own; then
+    the functionals' own lines are optimised.
+
+    Args:
+        steps: ascent steps for the functionals.
+        intermediate_steps: ascent steps for intermediate bounds; 0 leaves them as CROWN found them.
+        share: of all that the functionals could gain from intermediate bounds (to first order), how much is pursued.
+        stop: leave out examples and functionals that are already proved.
+
+    Sound: as `crown`, for any choice of lines; ``rigorous`` covers every step. Not differentiable.
+    Cost: a step is about two of `crown`'s passes over the rows that take part.
+    Reference: Xu et al. 2021 (alpha-CROWN), section 3.1.
+    """
+    if steps < 0 or intermediate_steps < 0 or not 0 <= share <= 1:
+        raise ValueError(
+            f"steps: {steps}, intermediate_steps: {intermediate_steps} must not be negative, "
+            f"share: {share} must lie in [0, 1]"
+        )
+    run = partial(
+        _alpha, steps=steps, intermediate_steps=intermediate_steps, share=share, stop=stop
+    )
+    with torch.no_grad():
+        return chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
+
+
+def dual(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    *,
+    dtype: torch.dtype | None = None,
+    rigorous: bool = False,
+    memory: int | None = None,
+    statistics: Statistics | None = None,
+    raw: bool = False,
+) -> Tensor:
+    """The dual bound: one backward pass with parallel lines over pre-activation bounds from the same pass.
+
+    Never below `interval`'s, whose ends its own pre-activation bounds also respect, unless ``raw`` asks for the paper's
+    algorithm alone: every neuron's bounds by the dual pass itself.
+
+    Sound: as `crown`, of which it is the special case of parallel lines. Arguments as in `interval`.
+    Cost: as `crown`; with ``raw`` two backward rows for every neuron.
+    Reference: Wong and Kolter 2018, Theorem 1 and Algorithm 1.
+    """
+    run = partial(_dual, raw=raw)
+    return chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
+
+
+def parallel(kind: Activation, box: Interval, args: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """The choice that makes a kink's line through the origin parallel to the chord."""
+    if kind.tuned is None or kind.pieces is None or len(kind.pieces(*args).points) != 1:
+        return None
+    zero = torch.zeros_like(box.lower)
+    first, last = (kind.tuned.lines(box, v, v, *args) for v in (zero, zero + 1))
+
+    def share(start: Tensor, end: Tensor, target: Tensor) -> Tensor:
+        span = end - start
+        return torch.where(span != 0, (target - start) / torch.where(span != 0, span, 1.0), zero)
+
+    lower = share(first.lower_slope, last.lower_slope, first.upper_slope)
+    return lower, share(first.upper_slope, last.upper_slope, first.lower_slope)
+
+
+def _dual(state: State, spec: Spec, *, raw: bool) -> Tensor:
+    C, d = check_spec(state, spec)
+    weak = None if raw else interval_bounds(state, spec)
+    state.choose = parallel
+    propagate(state, tighten=tightener(state, raw=raw), until=state.network.graph.output)
+    found = functionals(state, C, d)
+    return found if weak is None else torch.maximum(found, weak)
+
+
+# -- optimised lines ------------------------------------------------------------------------------------------------
+
+
+def ascend(evaluate: Evaluate, *, steps: int, rate: float = 0.5, decay: float = 0.75) -> Tensor:
+    """The best bounds that ``evaluate`` gave along ``steps`` steps of Adam on the lines, projected to [0, 1].
+
+    Args:
+        evaluate: bounds, of any shape, under the lines given.
+        rate: first step, in units of the whole interval of choices; ``decay`` times as long in each further step.
+    """
+    chosen = OwnLines()
+    moments: list[tuple[Tensor, Tensor]] = []
+    best: Tensor | None = None
+    for i in range(steps + 1):
+        with torch.set_grad_enabled(i < steps):
+            bound = evaluate(chosen)
+            total = bound.sum()
+        value = bound.detach()
+        best = value if best is None else torch.where(value > best, value, best)
+        if not total.requires_grad:  # the last step, or nothing depends on lines
+            break
+        leaves = chosen.leaves
+        if not leaves:  # no line to choose
+            break
+        grads = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        moments = moments or [(torch.zeros_like(g), torch.zeros_like(g)) for g in grads]
+        with torch.no_grad():
+            for leaf, (mean, square), grad in zip(leaves, moments, grads, strict=True):
+                mean.lerp_(grad, 0.1)
+                square.mul_(0.999).addcmul_(grad, grad, value=0.001)
+                size = (square / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-12)
+                leaf.addcdiv_(mean, size, value=rate * decay**i / (1 - 0.9 ** (i + 1)))
+                leaf.clamp_(0, 1)
+    if best is None:
+        raise ValueError(f"steps: {steps} is negative")
+    return best
+
+
+def _alpha(
+    state: State, spec: Spec, *, steps: int, intermediate_steps: int, share: float, stop: bool
+) -> Tensor:
+    for name, value in state.env.items():  # only lines are optimised, not parameters
+        if isinstance(value, Tensor):
+            state.env[name] = value.detach()
+    best = crown_over_ibp(state, spec)
+    wanted = ~(spec.clauses(best) > 0) if stop else best.new_ones(len(best), spec.count).bool()
+    rows = torch.nonzero(wanted.any(1)).flatten()
+    if not len(rows) or not steps:
+        return best
+    some = state if len(rows) == len(best) else state.select(rows)
+    part = spec[rows]
+    wanted = wanted[rows][:, spec.clause]
+    C, d = check_spec(some, part)
+    if intermediate_steps:
+        tighten(some, C, wanted, steps=intermediate_steps, share=share)
+    found = best[rows]
+    found = torch.where(
+        wanted, torch.maximum(ascended(some, C, d, wanted, steps=steps), found), found
+    )
+    return best.index_copy(0, rows, found)
+
+
+def ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, *, steps: int) -> Tensor:
+    """Bounds of the functionals, (B, M), −inf where they are not ``wanted``."""
+    output = state.network.graph.output
+    most = int(wanted.sum(1).max())
+    order = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    rows = C.gather(1, order.unsqueeze(2).expand(-1, -1, C.shape[2])).transpose(0, 1)
+    values = at_reference(state, C, d).gather(1, order)
+    found = []
+    for part, span, cuts in parts(state, [most] * state.batch, _row(state)):
+        pieces = [
+            ascend(
+                lambda chosen, A=rows[cut, span], part=part: lower_bounds(  # type: ignore[misc]
+                    part, output, A, chosen=chosen
+                )[0],
+                steps=steps,
+            )
+            for cut in cuts
+        ]
+        found.append(joined(pieces, 0).T + values[span])
+    bounds = joined(found, 0)
+    low = bounds.new_full(d.shape, -torch.inf).scatter(1, order, bounds)
+    return torch.where(wanted, low, -torch.inf)
+
+
+def _row(state: State) -> int:
+    """Working memory of one row under optimisation: what every activation keeps."""
+    return 4 * row_bytes(state.network, state.dtype)
+
+
+def tighten(state: State, C: Tensor, wanted: Tensor, *, steps: int, share: float) -> None:
+    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on."""
+    names = nonlinear_operands(state)
+    status = exactness(state)
+    names = {k: v for k, v in names.items() if status[k] == "loose" or state.region.p < torch.inf}
+    if not names:
+        return
+    gains = _gains(state, C * wanted.unsqueeze(2), list(names))
+
+    def bounds(part: State, name: str, index: Tensor) -> Interval:
+        def evaluate(chosen: OwnLines) -> Tensor:
+            low, high = both_bounds(part, name, index, chosen)
+            return torch.cat([low, -high])
+
+        found = ascend(evaluate, steps=steps)
+        return Interval(found[: len(index)], -found[len(index) :])
+
+    for name, mask in names.items():
+        refine(state, name, mask & _first(gains[name] * mask, share), bounds)
+        state.cache.clear()
+
+
+def _first(gain: Tensor, share: float) -> Tensor:
+    """The largest entries of each row that make up ``share`` of its sum, as a mask."""
+    ordered, index = gain.sort(1, descending=True)
+    before = ordered.cumsum(1) - ordered
+    return torch.zeros_like(gain, dtype=torch.bool).scatter(
+        1, index, before < share * ordered.sum(1, keepdim=True)
+    )
+
+
+def _gains(state: State, C: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """How much the sum of the functionals' bounds would gain, to first order, if a value's interval closed: (B, N)."""
+    known = dict(state.boxes)
+    leaves = {n: Interval(*(v.clone().requires_grad_() for v in known[n])) for n in names}
+    state.boxes.update(leaves)
+    with torch.enable_grad():
+        (bound,) = lower_bounds(
+            state, state.network.graph.output, C.transpose(0, 1), chosen=OwnLines()
+        )
+        ends = [v for n in names for v in leaves[n]]
+        grads = iter(
+            torch.autograd.grad(bound.sum(), ends, allow_unused=True, materialize_grads=True)
+            if bound.requires_grad
+            else [torch.zeros_like(v) for v in ends]
+        )
+    state.boxes.update({n: known[n] for n in names})
+    state.cache.clear()
+    return {
+        n: flat((next(grads).abs() + next(grads).abs()) * (known[n].upper - known[n].lower))
+        for n in names
+    }

@@ -1,0 +1,403 @@
+"""Branch and bound over neurons: sub-problems in batches, each bounded by optimised lines and multipliers.
+
+The root is bounded by alpha-CROWN, rounding subtracted. What is left open is split: a neuron's operand lies on one
+side of a point or on the other. The search runs in float32; a sub-problem is closed only by a bound in float64 with
+rounding subtracted, at the lines and multipliers that the search found. So its answers hold in real arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calipers.bounds.interval import propagate
+from calipers.bounds.ladder import functionals, neurons, tightener
+from calipers.bounds.slopes import ascended, tighten
+from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
+from calipers.exact.outcome import Outcome
+from calipers.graph.graph import Network
+from calipers.ops.kinds import Lines
+from calipers.sets import Interval, Region
+from calipers.spec import Spec
+
+LARGE = 4000  # neurons from which on the root's bounds are computed in float32
+SCORES: dict[str, Callable[[Batch], Tensor]] = {}
+
+
+def branch(
+    network: Network,
+    region: Region,
+    spec: Spec,
+    *,
+    deadline: float,
+    memory: int | None = None,
+    attack: Callable[[Region, Spec], Tensor] | None = None,  # noqa: ARG001
+    progress: Callable[[Outcome], None] | None = None,
+    batch: int = 128,
+    steps: int = 8,
+    candidates: int = 4,
+    score: str = "gap",
+) -> Outcome:
+    """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
+
+    Args:
+        batch: sub-problems bounded together.
+        steps: ascent steps on the lines and multipliers of a batch.
+        candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
+        score: how candidates are found, a name of `SCORES`.
+
+    Raises:
+        UnsupportedOp: an op of the network has no entry in the op table.
+        ValueError: more than one example, or an unknown score.
+
+    Sound: children cover their parent, multipliers are not negative, choices lie in [0, 1], and every closed
+    sub-problem was bounded in float64 with all rounding subtracted.
+    Reference: Wang et al. 2021 (beta-CROWN), De Palma et al. 2021 (filtered smart branching).
+    """
+    if len(region) != 1:
+        raise ValueError(f"region: {len(region)} examples; a search takes one")
+    if score not in SCORES:
+        raise ValueError(f"score: {score!r} is not one of {', '.join(SCORES)}")
+    search = Search(
+        network, region, spec, deadline, memory, progress, batch, steps, candidates, score
+    )
+    with torch.no_grad():
+        try:
+            search.run()
+        except TimeoutError:
+            search.reason = search.reason or "the time is up"
+    return search.outcome()
+
+
+class Search:
+    """One run of `branch`."""
+
+    def __init__(
+        self,
+        network: Network,
+        region: Region,
+        spec: Spec,
+        deadline: float,
+        memory: int | None,
+        progress: Callable[[Outcome], None] | None,
+        batch: int,
+        steps: int,
+        candidates: int,
+        score: str,
+    ) -> None:
+        self.network, self.region, self.spec = network, region, spec
+        self.deadline, self.memory, self.progress = deadline, memory, progress
+        self.batch, self.steps, self.candidates = batch, steps, candidates
+        self.score = SCORES[score]
+        self.lower, self.count, self.reason = -math.inf, 0, ""
+        self.point: Tensor | None = None
+
+    def outcome(self) -> Outcome:
+        return Outcome(self.lower, self.point, self.count, self.reason)
+
+    def run(self) -> None:
+        open_, low = self.root()
+        if not open_.any():
+            return
+        stack = [self.problem.root(*self._starts(open_, low))]
+        stack[0] = self.improved(stack[0])
+        while stack and self.point is None:
+            stack[-1] = self.closed(stack[-1])
+            domains = _taken(stack, self.batch)
+            if not len(domains):
+                continue
+            splittable = self.splittable(domains)
+            if not splittable.any(1).all():
+                self.reason = "no neuron is left to split"
+                return
+            children = self.split(domains, splittable)
+            self.count += len(children)
+            stack.append(self.improved(children))
+            if self.progress:
+                self.progress(replace(self.outcome(), reason=f"{sum(map(len, stack))} open"))
+        if self.point is None:
+            self.lower = max(self.lower, math.ulp(0.0))
+
+    # -- the root -----------------------------------------------------------------------------------------------------
+
+    def root(self) -> tuple[Tensor, Tensor]:
+        """Alpha-CROWN over the whole region, in stages: which clauses stay open, and the functionals' bounds."""
+        large = neurons(self.network) > LARGE
+        state = self._state(torch.float32 if large else torch.float64, rigorous=True)
+        C, d = check_spec(state, self.spec)
+        output = self.network.graph.output
+        propagate(state, tighten=tightener(state), until=output)
+        low = functionals(state, C, d)
+        open_ = self._open(low)
+        if open_.any():
+            self._keep(low)
+            wanted = open_[self.spec.clause].unsqueeze(0)
+            tighten(state, C, wanted, steps=4, share=0.999)
+            low = torch.maximum(low, ascended(state, C, d, wanted, steps=12))
+            open_ = self._open(low)
+        self._keep(low)
+        if open_.any():
+            members = _members(self.spec)
+            boxes = state.boxes
+            fast, sure = (
+                self._problem(boxes, members, dtype, rigorous=rigorous)
+                for dtype, rigorous in ((torch.float32, False), (torch.float64, True))
+            )
+            self.problem, self.sure = fast, sure
+        return open_, low[0]
+
+    def _open(self, low: Tensor) -> Tensor:
+        return ~(self.spec.clauses(low)[0] > 0)
+
+    def _keep(self, low: Tensor) -> None:
+        value = float(self.spec.margin(low)[0])
+        if value > self.lower:
+            self.lower = value
+
+    def _state(self, dtype: torch.dtype, *, rigorous: bool) -> State:
+        working = working_dtype(self.network, self.spec, dtype, rigorous=rigorous)
+        state = start(
+            self.network,
+            self.region,
+            dtype=working,
+            rigorous=rigorous,
+            memory=self.memory,
+            statistics=None,
+        )
+        state.deadline = self.deadline
+        for name, value in state.env.items():
+            if isinstance(value, Tensor):
+                state.env[name] = value.detach()
+        return state
+
+    def _problem(
+        self, boxes: dict[str, Interval], members: Tensor, dtype: torch.dtype, *, rigorous: bool
+    ) -> Problem:
+        state = self._state(dtype, rigorous=rigorous)
+        propagate(state)
+        for name, box in boxes.items():
+            if name in state.boxes and name not in self.network.graph.inputs:
+                own = state.boxes[name]
+                state.boxes[name] = Interval(
+                    torch.maximum(own.lower, box.lower.to(own.lower)),
+                    torch.minimum(own.upper, box.upper.to(own.upper)),
+                )
+        state.cache.clear()
+        C, d = check_spec(state, self.spec)
+        return Problem(state, C[0], d[0], members)
+
+    def _starts(self, open_: Tensor, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clauses = torch.nonzero(open_).flatten()
+        members = self.problem.members[clauses]
+        values = low.to(self.problem.C)[members.clamp_min(0)].masked_fill(members < 0, -math.inf)
+        best, pick = values.max(1)
+        weights = torch.full_like(values, 0.1).scatter(1, pick.unsqueeze(1), 1.0)
+        return clauses, weights.masked_fill(members < 0, 0.0), best
+
+    # -- one round ----------------------------------------------------------------------------------------------------
+
+    def improved(self, domains: Domains) -> Domains:
+        """The same sub-problems, bounded."""
+        parts = [
+            self._ascend(domains[i : i + self.batch]) for i in range(0, len(domains), self.batch)
+        ]
+        return joined(parts)
+
+    def _ascend(self, domains: Domains) -> Domains:
+        work = Batch(self.problem, domains)
+        rates = (0.3, self._scale(domains), 0.2)
+        moments: list[tuple[Tensor, Tensor]] = []
+        best = domains.bound.new_full((len(domains),), -math.inf)
+        kept = list(work.leaves)
+        for leaf in work.leaves:
+            leaf.requires_grad_()
+        for i in range(self.steps + 1):
+            last = i == self.steps
+            with torch.set_grad_enabled(not last):
+                bound, rows = work.evaluate()
+                total = bound.sum()
+            value = bound.detach()
+            better = value > best
+            best = torch.where(better, value, best)
+            kept = [
+                torch.where(better.unsqueeze(1), v.detach(), k)
+                for v, k in zip(work.leaves, kept, strict=True)
+            ]
+            if last or bool((best > 0).all()):
+                break
+            grads = torch.autograd.grad(
+                total, work.leaves, allow_unused=True, materialize_grads=True
+            )
+            moments = moments or [(torch.zeros_like(g), torch.zeros_like(g)) for g in grads]
+            for leaf, rate, (mean, square), grad in zip(
+                work.leaves, rates, moments, grads, strict=True
+            ):
+                mean.lerp_(grad, 0.1)
+                square.mul_(0.999).addcmul_(grad, grad, value=0.001)
+                size = (square / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-12)
+                leaf.addcdiv_(mean, size, value=rate * 0.85**i / (1 - 0.9 ** (i + 1)))
+            work.choice.clamp_(0, 1)
+            work.multiplier.clamp_(min=0)
+            work.weights.clamp_(0, 1)
+        self._try(rows.detach())
+        choice, multiplier, weights = kept
+        return replace(
+            domains,
+            bound=torch.maximum(domains.bound, best) if domains.where.shape[1] else best,
+            choice=choice.to(torch.float16),
+            multiplier=multiplier,
+            weights=weights,
+        )
+
+    def _scale(self, domains: Domains) -> float:
+        """The multipliers' step: of the size of the rows' own coefficients."""
+        return self.coefficients if domains.where.shape[1] else 0.0
+
+    coefficients = 0.05
+
+    def closed(self, domains: Domains) -> Domains:
+        """Without the sub-problems that a bound in float64, rounding subtracted, proves."""
+        ready = domains.bound > 0
+        if not bool(ready.any()):
+            return domains
+        rows = torch.nonzero(ready).flatten()
+        proved = torch.zeros_like(ready)
+        for i in range(0, len(rows), self.batch):
+            some = rows[i : i + self.batch]
+            bound, _ = Batch(self.sure, domains[some]).evaluate()
+            proved[some] = bound > 0
+        left = domains[~proved]
+        return replace(left, bound=left.bound.clamp_max(0.0))
+
+    def splittable(self, domains: Domains) -> Tensor:
+        """Which elements are not linear on their interval in each sub-problem: (n, U)."""
+        low, high = self.problem.intervals(domains)
+        found = torch.zeros_like(low, dtype=torch.bool)
+        for layer in self.problem.layers.values():
+            box = Interval(low[:, layer.span], high[:, layer.span])
+            found[:, layer.span] = ~layer.kind.linear(box, *self.problem.arguments(layer))
+        return found
+
+    def split(self, domains: Domains, splittable: Tensor) -> Domains:
+        """Both children of every sub-problem."""
+        watched = Batch(self.problem, domains, watch=True)
+        watched.evaluate()
+        score = self.score(watched).masked_fill(~splittable, -math.inf)
+        k = min(self.candidates, score.shape[1])
+        picks = score.topk(k, 1).indices
+        points = self.problem.points(watched.box).gather(1, picks)
+        if k > 1:
+            tried = [self._children(domains, picks[:, i], points[:, i]) for i in range(k)]
+            bounds = torch.stack(
+                [Batch(self.problem, t).evaluate()[0].reshape(2, -1) for t in tried]
+            )  # (k, 2, n)
+            gain = bounds.clamp_max(0).amin(1) + 1e-2 * bounds.clamp_max(0).amax(1)
+            possible = splittable.gather(1, picks).T
+            chosen = gain.masked_fill(~possible, -math.inf).argmax(0, keepdim=True).T
+            picks, points = picks.gather(1, chosen), points.gather(1, chosen)
+        return self._children(domains, picks[:, 0], points[:, 0])
+
+    def _children(self, domains: Domains, element: Tensor, point: Tensor) -> Domains:
+        depth = domains.where.shape[1]
+        room = domains.deeper(depth + 1)
+        parts = []
+        for side in (1, -1):
+            where, at, sides = room.where.clone(), room.point.clone(), room.side.clone()
+            where[:, depth], at[:, depth], sides[:, depth] = element, point, side
+            parts.append(replace(room, where=where, point=at, side=sides))
+        return joined(parts)
+
+    def _try(self, rows: Tensor) -> None:
+        """Evaluate the network where the bounds' linear functions are lowest."""
+        index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        x = self.region[index].maximizer(-rows.double()).to(self.network.dtype)
+        failed = torch.nonzero(self.spec[index].violated(self.network(x))).flatten()
+        for i in failed.tolist():
+            if bool(self.region.contains(x[i : i + 1])[0]):
+                self.point = x[i]
+                return
+
+
+def _taken(stack: list[Domains], count: int) -> Domains:
+    """The last ``count`` sub-problems, off the stack."""
+    parts: list[Domains] = []
+    while stack and count > 0:
+        top = stack.pop()
+        if len(top) > count:
+            stack.append(top[:-count])
+            top = top[-count:]
+        parts.append(top)
+        count -= len(top)
+    return joined(parts)
+
+
+def _members(spec: Spec) -> Tensor:
+    """The numbers of each clause's functionals, (clauses, most), −1 for none."""
+    lists: list[list[int]] = [[] for _ in range(spec.count)]
+    for m, c in enumerate(spec.clause.tolist()):
+        lists[c].append(m)
+    most = max(map(len, lists))
+    return torch.tensor([v + [-1] * (most - len(v)) for v in lists], device=spec.clause.device)
+
+
+def _per_layer(batch: Batch, rule: Callable[..., Tensor]) -> Tensor:
+    """``rule`` of the rows, the lines and the intervals of every layer's undecided elements: (n, U)."""
+    parts: list[Any] = []
+    for name, layer in batch.problem.layers.items():
+        box = Interval(*(v[:, layer.span] for v in batch.box))
+        if name not in batch.seen:  # no row reaches it
+            parts.append(torch.zeros_like(box.lower))
+            continue
+        parts.append(rule(batch.seen[name], batch.chosen[name], box, layer))
+    return torch.cat(parts, 1)
+
+
+def _gaps(batch: Batch, *, lower: bool) -> Tensor:
+    """How much each element's lines can cost the bound: its row times how far the upper line is from the function where
+    it would be split, or, with ``lower``, the lower line at the nearer end."""
+    points = batch.problem.points(batch.box)
+
+    def rule(A: Tensor, lines: Lines, box: Interval, layer: Layer) -> Tensor:
+        args = batch.problem.arguments(layer)
+
+        def f(at: Tensor) -> Tensor:
+            value: Tensor = layer.node.op(at, *args)
+            return value
+
+        def line(slope: Tensor, offset: Tensor, at: Tensor) -> Tensor:
+            return slope * (at - layer.z) + offset + layer.out
+
+        at = points[:, layer.span]
+        cost = -A.clamp_max(0) * (line(lines.upper_slope, lines.upper_offset, at) - f(at))
+        if lower:
+            below = lines.lower_slope, lines.lower_offset
+            ends = [f(end) - line(*below, end) for end in box]
+            cost = cost + A.clamp_min(0) * torch.minimum(*ends)
+        return cost
+
+    return _per_layer(batch, rule)
+
+
+def _widths(batch: Batch) -> Tensor:
+    """How far each element's operand reaches to both sides of where it would be split, times its row."""
+    points = batch.problem.points(batch.box)
+
+    def rule(A: Tensor, _: Lines, box: Interval, layer: Layer) -> Tensor:
+        at = points[:, layer.span]
+        return A.abs() * torch.minimum(box.upper - at, at - box.lower)
+
+    return _per_layer(batch, rule)
+
+
+SCORES |= {
+    "gap": partial(_gaps, lower=True),
+    "intercept": partial(_gaps, lower=False),
+    "width": _widths,
+}
