@@ -40,11 +40,12 @@ from calipers.vnnlib import Case, Query
 Verdict = Literal["sat", "unsat", "unknown", "timed-out"]
 BOUNDS = (interval, crown_ibp, crown)
 FIRST = 0.05  # seconds of attack before any bound
-ATTACK = 0.1  # the part of the time left that the attack before the complete search may take
+ATTACK = 0.05  # the part of the time left that the attack before the complete search may take
 LONGEST, LONGEST_FEW = (
-    3.0,
+    1.5,
     0.3,
-)  # seconds of it at most; with few inputs searches find witnesses on their way
+)  # seconds of it at most; few inputs: searches find witnesses themselves
+LAST = 10.0  # seconds of attack at most where searches give up before the time is up
 ROUNDS = 9  # batches of points of an attack where work is limited, not time
 PACE, LEAST_PACE = (
     2e-8,
@@ -262,6 +263,9 @@ class _Search:
         self.attack(self.left if self.domains is not None else min(ATTACK * self.left, longest))
         self.stage = "complete search"
         self.complete()
+        if self.open() and self.domains is None:
+            self.stage = "attack"
+            self.attack(min(self.left, LAST))
 
     # -- evaluations ------------------------------------------------------------------------------------
 
