@@ -85,7 +85,7 @@ def test_a_bound_between_two_numbers(square: Square) -> None:
     at = f"{HEAD}(assert (= X_0 0.1))(assert (>= X_1 0))(assert (<= X_1 1))(assert (>= Y_0 0.5))"
     found = ask(square, at)
     assert (found.verdict, found.rounded) == ("sat", True)
-    assert ask(square, at, exact=True, seconds=2).verdict == "unknown"
+    assert ask(square, at, exact=True, seconds=2).verdict in ("unknown", "timed-out")
     assert not ask(square, text("-1", "1", "(>= Y_0 1.5)")).rounded
 
 
