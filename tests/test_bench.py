@@ -234,6 +234,7 @@ def test_bad_arguments(run, tmp_path: Path) -> None:
     for arguments, message in (
         ([tmp_path / "none"], "no instances.csv there"),
         ([folder, "--workers", "0"], "workers: 0"),
+        ([folder, "--threads", "0"], "threads: 0"),
         ([folder, "--timeout-cap", "soon"], "--timeout-cap"),
         ([folder, "--out", tmp_path / "a" / "b.csv"], "--out: the folder"),
     ):

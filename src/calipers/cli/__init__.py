@@ -458,6 +458,7 @@ def bench(
         typer.Option(help="CSV with a row per instance; goes on where an earlier run stopped."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes that share the instances.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
     ] = None,
@@ -484,8 +485,8 @@ def bench(
     from calipers.cli import benching
 
     code = benching.run(
-        path, cap=timeout_cap, out=out, workers=workers, memory=memory, domains=domains,
-        exact=exact, save=save, plot=plot, json_file=json,
+        path, cap=timeout_cap, out=out, workers=workers, threads=threads, memory=memory,
+        domains=domains, exact=exact, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
 

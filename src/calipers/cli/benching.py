@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ def run(
     cap: str | None,
     out: Path | None,
     workers: int,
+    threads: int,
     memory: str | None,
     domains: int | None,
     exact: bool,
@@ -42,7 +42,6 @@ def run(
         if file is not None:
             writable(option, file.absolute())
     limit = math.inf if cap is None else seconds_of(cap, "--timeout-cap")
-    threads = max(1, (os.cpu_count() or 1) // max(workers, 1))
     settings = Settings(
         None if memory is None else bytes_of(memory), domains, exact, threads,
         None if save is None else save.absolute(),

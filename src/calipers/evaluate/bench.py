@@ -272,8 +272,9 @@ def bench(
         StoreMismatch: the results file is one of other instances, limits, or another version.
         ValueError: no worker.
     """
-    if workers < 1:
-        raise ValueError(f"workers: {workers} is not at least 1")
+    for name, count in (("workers", workers), ("threads", settings.threads)):
+        if count < 1:
+            raise ValueError(f"{name}: {count} is not at least 1")
     now = version()
     log = _Log(None if out is None else Path(out), todo, now)
     left = [t for t in dict.fromkeys(todo) if t.key not in log.done]
