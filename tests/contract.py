@@ -231,6 +231,8 @@ def check_interval(case: Case) -> None:
     args, shapes = case.filled()
     centres, radii = points(shapes, 3, 4), [p.abs() * 0.7 for p in points(shapes, 3, 5)]
     radii[0][0] = 0.0  # a point
+    if positive(case):
+        centres = [c.abs() + r + 0.125 for c, r in zip(centres, radii, strict=True)]
     lows = torch.cat(
         [(c - r).float().double().flatten(1) for c, r in zip(centres, radii, strict=True)], 1
     )
@@ -289,8 +291,7 @@ def exact_range(
         ends = []
         for l, u in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True):
             grid = np.linspace(LONG(l), LONG(u), 501)
-            stops = [v for v in (0.0, *(a for a in args[1:] if a is not None)) if l <= v <= u]
-            values = f(np.concatenate([grid, np.array(stops, LONG)]), *args[1:])
+            values = f(np.concatenate([grid, np.array(stops(case, l, u), LONG)]), *args[1:])
             ends.append((float(values.min()), float(values.max())))
         table = torch.tensor(ends, dtype=F64).reshape(*low.shape, 2)
         return table[..., 0], table[..., 1]
@@ -331,6 +332,52 @@ def _clamp(z: np.ndarray, low: Any = None, high: Any = None) -> np.ndarray:
     return z if high is None else np.minimum(z, LONG(high))
 
 
+def _erfc_tail(z: np.ndarray) -> np.ndarray:
+    """erfc for z >= 2 by Laplace's continued fraction."""
+    value = np.zeros_like(z)
+    for n in range(60, 0, -1):
+        value = LONG(n) / 2 / (z + value)
+    return np.exp(-z * z) / ((z + value) * np.sqrt(LONG(np.pi)))
+
+
+def _erf_series(z: np.ndarray) -> np.ndarray:
+    """erf for |z| <= 2 by a series of terms of one sign."""
+    term, total = z, z
+    for n in range(1, 48):
+        term = term * (2 * z * z) / LONG(2 * n + 1)
+        total = total + term
+    return 2 / np.sqrt(PI) * np.exp(-z * z) * total
+
+
+PI = LONG(4) * np.arctan(LONG(1))
+
+
+def _erfc(z: np.ndarray) -> np.ndarray:
+    """Relative accuracy everywhere."""
+    z = np.asarray(z, LONG)
+    size = np.abs(z)
+    far = _erfc_tail(np.maximum(size, 2))
+    return np.where(size < 2, 1 - _erf_series(np.clip(z, -2, 2)), np.where(z > 0, far, 2 - far))
+
+
+def _erf(z: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(z) < 2, _erf_series(np.clip(z, -2, 2)), 1 - _erfc(z))
+
+
+def _softplus(z: np.ndarray) -> np.ndarray:
+    return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z)))
+
+
+def _tanh_gelu(z: np.ndarray) -> np.ndarray:
+    inner = np.sqrt(2 / PI) * (z + LONG(0.044715) * z**3)
+    return z * _sigmoid(2 * inner)
+
+
+def _elu(z: np.ndarray, alpha: float = 1.0, scale: float = 1.0, rate: float = 1.0) -> np.ndarray:
+    left = LONG(alpha) * np.expm1(LONG(rate) * np.minimum(z, 0))
+    return LONG(scale) * np.where(z > 0, z, left)
+
+
 FUNCTIONS: dict[Callable[..., Any], Callable[..., np.ndarray]] = {
     torch.relu: lambda z: np.maximum(z, LONG(0)),
     F.leaky_relu: lambda z, s=0.01: np.where(z >= 0, z, LONG(s) * z),
@@ -338,28 +385,99 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., np.ndarray]] = {
     torch.clamp: _clamp,
     torch.sigmoid: _sigmoid,
     torch.tanh: np.tanh,
+    torch.erf: _erf,
+    torch.atan: np.arctan,
+    F.softsign: lambda z: z / (1 + np.abs(z)),
+    F.silu: lambda z: z * _sigmoid(z),
+    F.mish: lambda z: z * np.tanh(_softplus(z)),
+    F.hardswish: lambda z: z * np.clip(z + 3, 0, 6) / 6,
+    F.gelu: lambda z: z * _erfc(-z / np.sqrt(LONG(2))) / 2,
+    prim.tanh_gelu: _tanh_gelu,
+    prim.softplus: _softplus,
+    prim.elu: _elu,
+    torch.exp: np.exp,
+    torch.log: np.log,
+    torch.sqrt: np.sqrt,
+    torch.rsqrt: lambda z: 1 / np.sqrt(z),
+    torch.reciprocal: lambda z: 1 / z,
+    torch.pow: lambda z, p: z ** (int(p) if p == int(p) else LONG(p)),
+    torch.sin: np.sin,
+    torch.cos: np.cos,
+    torch.sign: np.sign,
+    prim.step: lambda z, at=0.0: np.where(z == 0, at, np.where(z > 0, 1.0, 0.0)),
+    torch.round: np.rint,
+    torch.floor: np.floor,
+    torch.ceil: np.ceil,
 }
+# extrema (mpmath, 20 digits), beside 0 and the arguments
+TURNS = {
+    F.silu: [-1.2784645427610737951],
+    F.mish: [-1.1924312145154952121],
+    F.hardswish: [-1.5, -3.0, 3.0],
+    F.gelu: [-0.75179152469356445746],
+    prim.tanh_gelu: [-0.75246142207101625849],
+    torch.sin: [(k + 0.5) * math.pi for k in range(-1300, 1300)],
+    torch.cos: [k * math.pi for k in range(-1300, 1300)],
+}
+POSITIVE = {torch.log, torch.sqrt, torch.rsqrt, torch.reciprocal}
 
 
-def check_lines(case: Case, intervals: list[tuple[float, float]], dtype: torch.dtype = F64) -> None:
+def positive(case: Case) -> bool:
+    """Whether the function is tested on positive numbers only."""
+    return case.op in POSITIVE or (case.op is torch.pow and case.args[1] != int(case.args[1]))
+
+
+def stops(case: Case, l: float, u: float) -> list[float]:
+    """Points inside [l, u] where extrema, kinks or steps may be."""
+    named = [v for v in case.args[1:] if isinstance(v, (int, float))]
+    known = [0.0, *named, *TURNS.get(case.op, [])]
+    if case.op in (torch.round, torch.floor, torch.ceil) and u - l < 100:
+        middle = math.floor(l)
+        known += [middle + k / 2 for k in range(int(2 * (u - l)) + 3)]
+    near = [v for v in known if l <= v <= u]
+    return [*near, *(float(np.nextafter(v, w)) for v in near for w in (l, u))]
+
+
+def check_lines(
+    case: Case,
+    intervals: list[tuple[float, float]],
+    dtype: torch.dtype = F64,
+    choice: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Lines below and above the function on a dense grid, within a few units in the last place of their own
-    terms; equal to it where it is linear."""
+    terms; equal to it where it is linear.
+
+    Args:
+        choice: of the lines that can be optimised.
+    """
+    if positive(case):
+        intervals = [(abs(l), abs(l) + u - l) for l, u in intervals if l]
+        if not intervals:
+            return
     kind = OPS[case.op]
     assert isinstance(kind, Activation)
     extra = case.args[1:]
     f = FUNCTIONS[case.op]
     low, high = (torch.tensor(e, dtype=dtype) for e in zip(*intervals, strict=True))
-    lines = [v.double().numpy().astype(LONG) for v in kind.relax(Interval(low, high), *extra)]
-    linear = kind.linear(Interval(low, high), *extra)
+    box = Interval(low, high)
+    linear = kind.linear(box, *extra)
+    if choice is None:
+        found = kind.relax(box, *extra)
+    else:
+        assert kind.tuned is not None
+        found = kind.tuned.lines(box, choice[0].to(dtype), choice[1].to(dtype), *extra)
+    lines = [v.double().numpy().astype(LONG) for v in found]
     info = torch.finfo(dtype)
     ulps = 8 + kind.ulps
     for i, (l, u) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
         t = np.concatenate([np.linspace(LONG(0), LONG(1), 257), np.logspace(-12, -0.01, 40)])
         t = np.concatenate([t, 1 - t])
         z = np.clip(LONG(l) + t * (LONG(u) - LONG(l)), l, u)
-        stops = [v for v in (0.0, *(a for a in extra if a is not None)) if l <= v <= u]
-        z = np.concatenate([z, np.array([l, u, *stops], LONG)])
-        y = f(z, *extra)
+        z = np.concatenate([z, np.array([l, u, *stops(case, l, u)], LONG)])
+        with np.errstate(over="ignore"):
+            y = f(z, *extra)
+        if np.abs(y).max() > info.max / 4:
+            continue
         a_lo, b_lo, a_up, b_up = (v[i] for v in lines)
         assert np.isfinite([a_lo, b_lo, a_up, b_up]).all(), (case, l, u)
         reach = max(abs(l), abs(u))
@@ -373,6 +491,34 @@ def check_lines(case: Case, intervals: list[tuple[float, float]], dtype: torch.d
             assert (above <= slack).all(), (str(case), "upper line is loose", l, u)
 
 
+def check_tuned(case: Case, intervals: list[tuple[float, float]], seed: int = 0) -> None:
+    """Lines that can be optimised are sound for any choice, and start as the ordinary ones."""
+    kind = OPS[case.op]
+    assert isinstance(kind, Activation)
+    if kind.tuned is None:
+        return
+    if positive(case):
+        intervals = [(abs(l), abs(l) + u - l) for l, u in intervals if l]
+    box = Interval(*(torch.tensor(e, dtype=F64) for e in zip(*intervals, strict=True)))
+    choice = kind.tuned.start(box, *case.args[1:])
+    assert all(((c >= 0) & (c <= 1)).all() for c in choice)
+    begun = kind.tuned.lines(box, *choice, *case.args[1:])
+    ordinary = kind.relax(box, *case.args[1:])
+    for end in box:
+        for k in (0, 2):
+            mine, theirs = (v[k] * end + v[k + 1] for v in (begun, ordinary))
+            size = (ordinary[k] * end).abs() + ordinary[k + 1].abs()
+            assert ((mine - theirs).abs() <= 1e-14 * (1 + size)).all(), str(case)
+    more = [c.expand(3, -1) for c in choice]  # several choices for one interval
+    for mine, ordinary in zip(kind.tuned.lines(box, *more, *case.args[1:]), begun, strict=True):
+        assert (mine - ordinary).abs().max() <= 1e-12 * (1 + ordinary.abs().max())
+    generator = torch.Generator().manual_seed(seed)
+    for kept in ((0.0, 0.0), (1.0, 1.0), None, None):
+        draw = torch.rand(2, len(intervals), generator=generator)
+        chosen = draw if kept is None else torch.tensor(kept).unsqueeze(1).expand_as(draw)
+        check_lines(case, intervals, F64, (chosen[0], chosen[1]))
+
+
 def check_tightness(case: Case) -> None:
     """On a grid of ordinary intervals each line touches the function (no line could be moved towards it)."""
     kind = OPS[case.op]
@@ -380,13 +526,15 @@ def check_tightness(case: Case) -> None:
     extra, f = case.args[1:], FUNCTIONS[case.op]
     ends = [-3.0, -1.25, -0.5, -0.125, 0.25, 0.625, 1.0, 2.5]
     pairs = [(l, u) for l in ends for u in ends if l < u]
+    if positive(case):
+        pairs = [(l + 3.125, u + 3.125) for l, u in pairs]
     low, high = (torch.tensor(e, dtype=F64) for e in zip(*pairs, strict=True))
     lines = [v.numpy() for v in kind.relax(Interval(low, high), *extra)]
     for i, (l, u) in enumerate(pairs):
         z = np.concatenate(
             [
                 np.linspace(l, u, 4001),
-                [v for v in (0.0, *(a for a in extra if a is not None)) if l <= v <= u],
+                stops(case, l, u),
             ]
         )
         y = f(z.astype(LONG), *extra)
@@ -465,6 +613,8 @@ def check_rows(case: Case, raw: bool = True) -> None:
     generator = torch.Generator().manual_seed(9)
     center = torch.randn(4, n, generator=generator).double()
     radius = torch.rand(4, n, generator=generator).double() * 2
+    if positive(case):
+        center = center.abs() + radius + 0.125
     region = Region.box(center - radius, center + radius)
     K = math.prod(net.graph.node[net.graph.output].shape)
     flat = flattened(net, K)

@@ -38,8 +38,6 @@ from calipers.sets import Interval, Region
 from calipers.spec import Spec
 
 DEFAULT_MEMORY = 1 << 30
-# of smooth activations; those with pieces have their steepest slope
-LIPSCHITZ: dict[Callable[..., Any], float] = {torch.sigmoid: 0.25, torch.tanh: 1.0}
 
 
 def _inner(_x: Any, w: Tensor, *_: Any) -> int:
@@ -56,6 +54,8 @@ TERMS: dict[Callable[..., Any], Callable[..., int]] = {
     prim.expand: no_terms,
     torch.index_select: no_terms,
 }
+# parts of what networks run as one operator, with other roundings: softmax, layer normalisation
+PARTS = frozenset({prim.center, prim.differences})
 _OWN = 1 + 1e-9  # the rounding of this computation, which is in float64
 
 
@@ -109,6 +109,10 @@ def _output_error(network: Network, region: Region, dtype: torch.dtype) -> Tenso
         if node.name not in graph.active:
             _require_exact(network, node)
             return concrete(node, args, kwargs)
+        if node.op in PARTS:
+            raise UnsupportedOp(
+                [describe(node)], "deployed verdicts know no error bound of this operator"
+            )
         kind = known.kinds[node.name]
         error = RULES[type(kind)](kind, node, args, kwargs, boxes, errors, dtype)
         error = error * _OWN
@@ -205,22 +209,24 @@ def _activation(
 ) -> Tensor:
     name = node.operands[0]
     box, error = boxes[name], errors[name]
-    image = kind.image(Interval(box.lower - error, box.upper + error), *args[1:], **kwargs)
-    steepest = _lipschitz(kind, node, args, kwargs)
-    carried = torch.minimum(steepest * error, image.upper - image.lower)
+    wide = Interval(box.lower - error, box.upper + error)
+    image = kind.image(wide, *args[1:], **kwargs)
+    span = image.upper - image.lower
+    steepest = _lipschitz(kind, node, wide, args, kwargs)
+    carried = torch.where(error > 0, torch.minimum(steepest * error, span), 0.0)
     return carried + kind.ulps * 2 * unit(dtype) * magnitude(image)
 
 
 def _lipschitz(
-    kind: Activation, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> float:
+    kind: Activation, node: Node, x: Interval, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> float | Tensor:
+    if kind.steepest is not None:
+        return kind.steepest(x, *args[1:], **kwargs)
     if kind.pieces is not None:
         return max(abs(slope) for slope in kind.pieces(*args[1:], **kwargs).slopes)
-    if node.op in LIPSCHITZ:
-        return LIPSCHITZ[node.op]
     raise UnsupportedOp(
         [describe(node)],
-        "deployed verdicts need its Lipschitz constant (calipers.bounds.deployed.LIPSCHITZ)",
+        "deployed verdicts need its Lipschitz constant (the `steepest` of its entry in the op table)",
     )
 
 

@@ -212,7 +212,7 @@ def _crown_ibp(state: State, spec: Spec) -> Tensor:
     propagate(state, until=state.network.graph.output)
     tail = state.facts.tail
     if not tail:
-        return torch.maximum(functionals(state, C, d), _from_box(state, C, d))
+        return torch.fmax(functionals(state, C, d), _from_box(state, C, d))
     return functionals(state, C, d, tail)
 
 
@@ -224,7 +224,7 @@ def _crown(state: State, spec: Spec) -> Tensor:
 
 def crown_over_ibp(state: State, spec: Spec) -> Tensor:
     weak = _crown_ibp(state, spec)
-    return torch.maximum(_crown(state, spec), weak)
+    return torch.fmax(_crown(state, spec), weak)
 
 
 def functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) -> Tensor:
@@ -234,10 +234,7 @@ def functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) 
     A = C.transpose(0, 1)
     found = [
         joined(
-            [
-                reduce(torch.maximum, lower_bounds(part, output, A[rows, span], tail))
-                for rows in cuts
-            ],
+            [reduce(torch.fmax, lower_bounds(part, output, A[rows, span], tail)) for rows in cuts],
             0,
         )
         for part, span, cuts in parts(state, [len(A)] * state.batch, row)

@@ -8,7 +8,7 @@ rounding subtracted, at the lines and multipliers that the search found. So its 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ from calipers.sets import Interval, Region
 from calipers.spec import Spec
 
 LARGE = 4000  # neurons from which on the root's bounds are computed in float32
+METRIC = 0.1, 1.0, 0.1  # how far choices, multipliers and weights may move, relative to each other
+MOMENTUM = 0.7
+REACH = 0.5  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
 
 
@@ -211,42 +214,40 @@ class Search:
         return joined(parts)
 
     def _ascend(self, domains: Domains) -> Domains:
-        work = Batch(self.problem, domains)
-        rates = (0.3, self._scale(domains), 0.2)
-        moments: list[tuple[Tensor, Tensor]] = []
-        best = domains.bound.new_full((len(domains),), -math.inf)
-        kept = list(work.leaves)
-        for leaf in work.leaves:
-            leaf.requires_grad_()
+        """Polyak's subgradient steps with momentum towards a positive bound; what is proved takes no more part.
+
+        An open sub-problem leaves its last point to its children, which is further on its way than the best one.
+        """
+        work, alive = Batch(self.problem, domains), torch.arange(len(domains))
+        best = torch.full_like(domains.bound, -math.inf)
+        kept = [v.clone() for v in work.leaves]
+        velocity: list[Tensor] = []
+        target = best
         for i in range(self.steps + 1):
             last = i == self.steps
+            for leaf in work.leaves:
+                leaf.requires_grad_(not last)
             with torch.set_grad_enabled(not last):
                 bound, rows = work.evaluate()
                 total = bound.sum()
             value = bound.detach()
-            better = value > best
-            best = torch.where(better, value, best)
-            kept = [
-                torch.where(better.unsqueeze(1), v.detach(), k)
-                for v, k in zip(work.leaves, kept, strict=True)
-            ]
-            if last or bool((best > 0).all()):
+            best[alive] = torch.maximum(best[alive], torch.nan_to_num(value, nan=-math.inf))
+            for old, new in zip(kept, work.leaves, strict=True):
+                old[alive] = new.detach()
+            if not i:
+                target = REACH * value.abs()
+                self._try(rows.detach())
+            open_ = ~(value > 0)
+            if last or not bool(open_.any()):
                 break
             grads = torch.autograd.grad(
                 total, work.leaves, allow_unused=True, materialize_grads=True
             )
-            moments = moments or [(torch.zeros_like(g), torch.zeros_like(g)) for g in grads]
-            for leaf, rate, (mean, square), grad in zip(
-                work.leaves, rates, moments, grads, strict=True
-            ):
-                mean.lerp_(grad, 0.1)
-                square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-                size = (square / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-12)
-                leaf.addcdiv_(mean, size, value=rate * 0.85**i / (1 - 0.9 ** (i + 1)))
-            work.choice.clamp_(0, 1)
-            work.multiplier.clamp_(min=0)
-            work.weights.clamp_(0, 1)
-        self._try(rows.detach())
+            velocity = _step(work, value, target, grads, velocity)
+            if int(open_.sum()) < 0.75 * len(open_):
+                rest = torch.nonzero(open_).flatten()
+                work, alive, target = work[rest], alive[rest], target[rest]
+                velocity = [v[rest] for v in velocity]
         choice, multiplier, weights = kept
         return replace(
             domains,
@@ -255,12 +256,6 @@ class Search:
             multiplier=multiplier,
             weights=weights,
         )
-
-    def _scale(self, domains: Domains) -> float:
-        """The multipliers' step: of the size of the rows' own coefficients."""
-        return self.coefficients if domains.where.shape[1] else 0.0
-
-    coefficients = 0.05
 
     def closed(self, domains: Domains) -> Domains:
         """Without the sub-problems that a bound in float64, rounding subtracted, proves."""
@@ -290,11 +285,12 @@ class Search:
         watched = Batch(self.problem, domains, watch=True)
         watched.evaluate()
         score = self.score(watched).masked_fill(~splittable, -math.inf)
+        sizes = _per_layer(watched, _size)
         k = min(self.candidates, score.shape[1])
         picks = score.topk(k, 1).indices
         points = self.problem.points(watched.box).gather(1, picks)
         if k > 1:
-            tried = [self._children(domains, picks[:, i], points[:, i]) for i in range(k)]
+            tried = [self._children(domains, picks[:, i], points[:, i], sizes) for i in range(k)]
             bounds = torch.stack(
                 [Batch(self.problem, t).evaluate()[0].reshape(2, -1) for t in tried]
             )  # (k, 2, n)
@@ -302,16 +298,18 @@ class Search:
             possible = splittable.gather(1, picks).T
             chosen = gain.masked_fill(~possible, -math.inf).argmax(0, keepdim=True).T
             picks, points = picks.gather(1, chosen), points.gather(1, chosen)
-        return self._children(domains, picks[:, 0], points[:, 0])
+        return self._children(domains, picks[:, 0], points[:, 0], sizes)
 
-    def _children(self, domains: Domains, element: Tensor, point: Tensor) -> Domains:
+    def _children(self, domains: Domains, element: Tensor, point: Tensor, sizes: Tensor) -> Domains:
         depth = domains.where.shape[1]
         room = domains.deeper(depth + 1)
         parts = []
         for side in (1, -1):
-            where, at, sides = room.where.clone(), room.point.clone(), room.side.clone()
+            where, at = room.where.clone(), room.point.clone()
+            sides, scale = room.side.clone(), room.scale.clone()
             where[:, depth], at[:, depth], sides[:, depth] = element, point, side
-            parts.append(replace(room, where=where, point=at, side=sides))
+            scale[:, depth] = sizes.gather(1, element.unsqueeze(1)).squeeze(1)
+            parts.append(replace(room, where=where, point=at, side=sides, scale=scale))
         return joined(parts)
 
     def _try(self, rows: Tensor) -> None:
@@ -323,6 +321,29 @@ class Search:
             if bool(self.region.contains(x[i : i + 1])[0]):
                 self.point = x[i]
                 return
+
+
+def _step(
+    work: Batch, value: Tensor, target: Tensor, grads: Sequence[Tensor], velocity: list[Tensor]
+) -> list[Tensor]:
+    """One projected step of the length at which a linear function would reach the target; the new velocity.
+
+    What is proved does not move: its point is the proof.
+    """
+    moves = []
+    for leaf, grad, metric in zip(work.leaves, grads, METRIC, strict=True):
+        blocked = (leaf <= 0) & (grad < 0)
+        if leaf is not work.multiplier:
+            blocked |= (leaf >= 1) & (grad > 0)
+        moves.append(grad.masked_fill(blocked, 0.0) * metric)
+    if velocity:
+        moves = [m + MOMENTUM * v for m, v in zip(moves, velocity, strict=True)]
+    size = sum((m.square() / r).sum(1) for m, r in zip(moves, METRIC, strict=True))
+    length = torch.where(value > 0, 0.0, (target - value) / (size + 1e-12)).unsqueeze(1)
+    for leaf, move in zip(work.leaves, moves, strict=True):
+        leaf.addcmul_(move, length)
+        leaf.clamp_(0.0, None if leaf is work.multiplier else 1.0)
+    return moves
 
 
 def _taken(stack: list[Domains], count: int) -> Domains:
@@ -357,6 +378,12 @@ def _per_layer(batch: Batch, rule: Callable[..., Tensor]) -> Tensor:
             continue
         parts.append(rule(batch.seen[name], batch.chosen[name], box, layer))
     return torch.cat(parts, 1)
+
+
+def _size(A: Tensor, *_: Any) -> Tensor:
+    """The size of each row's coefficients, at least its layer's mean."""
+    size = A.abs()
+    return torch.maximum(size, size.mean(1, keepdim=True))
 
 
 def _gaps(batch: Batch, *, lower: bool) -> Tensor:

@@ -49,7 +49,8 @@ class Domains:
         where: (n, D) which element each split is of, −1 for none.
         point: (n, D) where it was split.
         side: (n, D) +1: above the point, −1: below.
-        multiplier: (n, D) of the split's constraint, not negative.
+        scale: (n, D) the size of the row where it was split: the unit of its multiplier.
+        multiplier: (n, D) of the split's constraint, in that unit; not negative.
     """
 
     bound: Tensor
@@ -59,6 +60,7 @@ class Domains:
     where: Tensor
     point: Tensor
     side: Tensor
+    scale: Tensor
     multiplier: Tensor
 
     def __len__(self) -> int:
@@ -75,7 +77,10 @@ class Domains:
         shape = (len(self), more)
         pads = {
             "where": self.where.new_full(shape, -1),
-            **{k: getattr(self, k).new_zeros(shape) for k in ("point", "side", "multiplier")},
+            **{
+                k: getattr(self, k).new_zeros(shape)
+                for k in ("point", "side", "scale", "multiplier")
+            },
         }
         parts = (getattr(self, f.name) for f in fields(self))
         return Domains(
@@ -150,6 +155,7 @@ class Problem:
             none,
             none.to(torch.int8),
             none,
+            none,
         )
 
     def intervals(self, domains: Domains) -> Interval:
@@ -218,11 +224,17 @@ class Batch:
         self.multiplier = domains.multiplier.to(like.dtype, copy=True)
         self.weights = domains.weights.to(like.dtype, copy=True)
         self.box = problem.intervals(domains)
-        self.sign = domains.side.to(like.dtype)
+        self.sign = domains.side.to(like.dtype) * domains.scale.to(like.dtype)
         self.at = domains.point.to(like.dtype)
         self.watch = watch
         self.seen: dict[str, Tensor] = {}
         self.chosen: dict[str, Lines] = {}
+
+    def __getitem__(self, index: Tensor) -> Batch:
+        other = Batch(self.problem, self.domains[index])
+        for name in ("choice", "multiplier", "weights"):
+            setattr(other, name, getattr(self, name).detach()[index])
+        return other
 
     @property
     def leaves(self) -> list[Tensor]:

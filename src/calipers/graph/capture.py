@@ -15,9 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from calipers.errors import CaptureError
+from calipers.graph.attention import batch_first
 from calipers.graph.graph import Graph, Network, Node, Ref, bind, evaluate, evaluating
-from calipers.graph.lower import INPLACE, LOWER, SHAPED, SPLITS, VIEWS, Call, splits
-from calipers.graph.primitives import identity, slice_
+from calipers.graph.lower import (
+    INPLACE,
+    LOWER,
+    MOVES,
+    PASSES,
+    PERMUTES,
+    REPEATS,
+    SHAPED,
+    SPLITS,
+    VIEWS,
+    Call,
+    splits,
+)
+from calipers.graph.primitives import constant, identity, reshape, slice_
 
 REMEDY = (
     "keep examples independent along dimension 0, and avoid data-dependent control flow in forward"
@@ -97,7 +110,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def _export(module: nn.Module, pair: Tensor) -> Any:
     dynamic = ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), batch_first():
             return torch.export.export(module, (pair,), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch.export raises many kinds; each means the same here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -119,6 +132,9 @@ class _Reader:
         self.active: set[Any] = set()  # fx nodes that depend on the input
         self.batch: Any = None
         self.fresh = 0
+        self.moved: dict[
+            Any, int
+        ] = {}  # fx node -> where its batch stands, if not first: our value has it first
 
     def graph(self) -> Graph:
         inputs = self._placeholders()
@@ -166,11 +182,12 @@ class _Reader:
         val = node.meta.get("val")
         target = node.target
         if target is operator.getitem and isinstance(self.values.get(node.args[0]), list):
-            self.values[node] = self.values[node.args[0]][node.args[1]]
-            self.active.add(node)
+            self._item(node)
             return
         if not isinstance(val, (Tensor, list, tuple)):
             return  # sizes and their arithmetic: output shapes say it all
+        if self._repeated(node, val):
+            return
         self._check_sizes(node)
         schema = getattr(target, "_schema", None)
         overwrites = schema is not None and schema.is_mutable
@@ -179,6 +196,8 @@ class _Reader:
             target = INPLACE[target]
         if any(n in self.active for n in node.all_input_nodes):
             self.active.add(node)
+        if self._moved(node, val):
+            return
         call = self._describe(node, val)
         if node in self.active and target in SPLITS:
             self._split(node, call, val)
@@ -215,6 +234,104 @@ class _Reader:
                 break
             args.append(left.pop(argument.name, argument.default_value))
         return args
+
+    def _repeated(self, node: Any, val: Any) -> bool:
+        """A constant repeated for each example (a class token), and nothing else: a value of the input's batch."""
+        if node.target not in REPEATS:
+            return False
+        source, counts = node.args[:2]
+        size = tuple(source.meta["val"].shape)
+        front = val.shape[0] == self.batch and isinstance(counts[0], torch.fx.Node)
+        if not front or source in self.active or len(counts) != len(size) or size[0] != 1:
+            return False
+        if tuple(val.shape[1:]) != size[1:]:
+            return False
+        self.active.add(node)
+        self.fresh += 1
+        own = self._add(
+            f"{node.name}.{self.fresh}", torch.squeeze, (self.values[source], 0), {}, size[1:], node
+        )
+        first = next(n for n in self.fx if n in self.active)
+        self._add(node.name, constant, (self.values[first], own), {}, size[1:], node)
+        return True
+
+    def _item(self, node: Any) -> None:
+        """One of several parts."""
+        whole, index = node.args
+        self.values[node] = self.values[whole][index]
+        self.active.add(node)
+        if whole in self.moved:
+            self.moved[node] = self.moved[whole]
+
+    def _moved(self, node: Any, val: Any) -> bool:
+        """Whether the batch is moved, or does not stand first, and the call has been dealt with."""
+        if node in self.active and node.target in MOVES and self._move(node, val):
+            return True
+        if any(n in self.moved for n in node.all_input_nodes):
+            raise CaptureError(
+                f"{self._where(node)} works on a value whose batch is not first; {REMEDY}"
+            )
+        return False
+
+    def _move(self, node: Any, val: Any) -> bool:
+        """A permutation that moves the batch, or what is picked from its result; False for any other call."""
+        x = node.args[0]
+        start = self.moved.get(x, 0)  # where the batch stands in the operand
+        order = [
+            start,
+            *(d for d in range(x.meta["val"].ndim) if d != start),
+        ]  # of our value's dimensions
+        if node.target in PERMUTES:
+            target = [order.index(d) for d in PERMUTES[node.target](node)]
+            place = target.index(0)
+            if start == place == 0:
+                return False
+            dims = (0, *(d for d in target if d))
+            self._place(node, torch.permute, (self.values[x], dims), val, place)
+            return True
+        if not start:
+            return False
+        if node.target in PASSES:
+            self.values[node], self.moved[node] = self.values[x], start
+            return True
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(order)
+        if dim == start:
+            return False
+        picks = (
+            range(len(val))
+            if isinstance(val, (list, tuple))
+            else [node.args[2] % x.meta["val"].shape[dim]]
+        )
+        parts, place = [], start - (dim < start)
+        for i in picks:
+            part = val[i] if isinstance(val, (list, tuple)) else val
+            shape = self._batch_first(x.meta["val"], start)
+            shape = (*shape[: order.index(dim) - 1], 1, *shape[order.index(dim) :])
+            self.fresh += 1
+            one = self._add(
+                f"{node.name}.{self.fresh}",
+                slice_,
+                (self.values[x], order.index(dim), i, i + 1, 1),
+                {},
+                shape,
+                node,
+            )
+            self.fresh += 1
+            own = self._batch_first(part, place)
+            parts.append(self._add(f"{node.name}.{self.fresh}", reshape, (one, own), {}, own, node))
+        self.values[node] = parts if isinstance(val, (list, tuple)) else parts[0]
+        if place:
+            self.moved[node] = place
+        return True
+
+    def _place(self, node: Any, op: Any, args: tuple[Any, ...], val: Tensor, place: int) -> None:
+        self._add(node.name, op, args, {}, self._batch_first(val, place), node)
+        if place:
+            self.moved[node] = place
+
+    def _batch_first(self, val: Tensor, place: int) -> tuple[int, ...]:
+        """The shape without the batch, which stands at ``place``."""
+        return tuple(n for i, n in enumerate(val.shape) if i != place)
 
     def _check_sizes(self, node: Any) -> None:
         """The batch size may only stand where shapes do: the graph itself does not know it."""
@@ -269,6 +386,12 @@ class _Reader:
             shape_of=lambda x: tuple(fake(x).shape)[0 if x.name in fixed else 1 :],
             emit=emit,
             training=lambda flag: self._flag(path, flag),
+            active=lambda x: isinstance(x, Ref) and x.name in shapes and x.name not in fixed,
+            original=lambda: (
+                node.target,
+                tuple(self._value(a) for a in node.args),
+                {k: self._value(v) for k, v in node.kwargs.items()},
+            ),
         )
 
     def _name(self, node: Any) -> str | None:

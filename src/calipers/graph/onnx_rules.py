@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.errors import CaptureError
+from calipers.graph import composites
 from calipers.graph import primitives as prim
+from calipers.graph.onnx_functions import ANYWHERE as FUNCTIONS_ANYWHERE
+from calipers.graph.onnx_functions import FUNCTIONS, maker, negative
 from calipers.graph.onnx_graph import Builder, Call, Const, Input, Output, Shape, Value, broadcast
 from calipers.graph.onnx_windows import WINDOWS
 
@@ -71,13 +74,6 @@ def binary(op: Callable[..., Any]) -> Rule:
     return rule
 
 
-def _negated(b: Builder, x: Input) -> Input:
-    if isinstance(x, Const):
-        b.allocate(x.shape, x.tensor.itemsize)
-        return Const(-x.tensor, f"{x.name}.neg")
-    return b.emit(torch.neg, x, shape=x.shape, lead=x.lead)
-
-
 def _add(b: Builder, c: Call, x: Input, y: Input) -> Output:
     for value, other in ((x, y), (y, x)):
         if isinstance(value, Value) and isinstance(other, Const):
@@ -98,7 +94,7 @@ def _with_bias(b: Builder, x: Value, bias: Const) -> Value | None:
 
 
 def _sub(b: Builder, c: Call, x: Input, y: Input) -> Output:
-    return _add(b, c, x, _negated(b, y))
+    return _add(b, c, x, negative(b, y))
 
 
 def _clip(
@@ -129,6 +125,8 @@ def _cast(b: Builder, c: Call, x: Value) -> Output:
     from calipers.graph.onnx_file import torch_dtype
 
     target = torch_dtype(int(c.attr("to")))
+    if b.made.get(x.name) is not None and b.made[x.name].op is prim.step:
+        return x  # a comparison's result, which is a number already
     if target != b.dtype:
         raise CaptureError(
             f"changes {b.dtype} to {target} inside the network; export it in one precision"
@@ -221,6 +219,11 @@ def _stacks(b: Builder, x: Input, y: Input) -> Output:
         b.shaped(o, s, lead) if isinstance(o, Value) else o
         for o, s in zip((x, y), full, strict=True)
     ]
+    left, right = args
+    if isinstance(left, Value) and isinstance(right, Value):
+        out = (*front, x.shape[-2], y.shape[-1])[1 if lead else 0 :]
+        both: Value = composites.matmul(maker(b, lead), left, right, left.own, right.own, out)
+        return both
     return b.emit(torch.matmul, *args, shape=(*front, x.shape[-2], y.shape[-1]), lead=lead)
 
 
@@ -377,10 +380,7 @@ def _split(b: Builder, c: Call, x: Value, sizes: Input | None = None) -> Output:
 
 def _pad(b: Builder, c: Call, x: Value, *inputs: Input | None) -> Output:
     given = [*inputs, None, None, None]
-    if c.text("mode", "constant") != "constant":
-        raise CaptureError(
-            f"padding mode {c.text('mode', '')!r} is not supported; pad with a constant"
-        )
+    mode = c.text("mode", "constant")
     pads = given_ints(c, "pads", given[0]) or []
     value = number(given[1], "value", float(c.attr("value", 0.0)))
     axes = integers(given[2], "axes") or list(range(len(pads) // 2))
@@ -389,7 +389,23 @@ def _pad(b: Builder, c: Call, x: Value, *inputs: Input | None) -> Output:
     ends = [(0, 0)] * x.rank
     for i, axis in enumerate(axes):
         ends[axis_of(axis, x.rank)] = (pads[i], pads[i + len(axes)])
-    return b.padded(x, ends, value)
+    if mode == "constant":
+        return b.padded(x, ends, value)
+    for axis, (before, after) in enumerate(ends):
+        size = x.shape[axis]
+        x = b.taken(x, axis, [_beyond(i, size, mode) for i in range(-before, size + after)])
+    return x
+
+
+def _beyond(i: int, size: int, mode: str) -> int:
+    """Which position stands at ``i``, outside the axis perhaps."""
+    if mode == "edge":
+        return min(max(i, 0), size - 1)
+    if mode == "wrap":
+        return i % size
+    if mode == "reflect" and -size < i < 2 * size - 1:
+        return size - 1 - abs(size - 1 - abs(i))
+    raise CaptureError(f"padding mode {mode!r} is not supported here; pad with a constant")
 
 
 # -- reductions and normalisation ------------------------------------------------------------------------
@@ -419,6 +435,19 @@ def reduced(b: Builder, x: Value, op: Callable[..., Any], axes: Sequence[int], k
     return b.emit(op, x, dims, keep, shape=shape, lead=lead)
 
 
+def _minimum(b: Builder, c: Call, x: Value, axes: Input | None = None) -> Output:
+    inverse = negative(b, x)
+    return negative(b, reduction(prim.maximum)(b, c, inverse, axes))  # type: ignore[arg-type]
+
+
+def _norm(b: Builder, c: Call, x: Value, axes: Input | None = None) -> Output:
+    """Sums of absolute values or squares; of the latter perhaps the root."""
+    one = c.op == "ReduceL1"
+    size = unary(torch.abs)(b, c, x) if one else unary(torch.pow, 2.0)(b, c, x)
+    total = reduction(torch.sum)(b, c, size, axes)
+    return unary(torch.sqrt)(b, c, total) if c.op == "ReduceL2" else total
+
+
 def _global_pool(op: Callable[..., Any]) -> Rule:
     return lambda b, _c, x: reduced(b, b.batched(x), op, range(2, x.rank), True)
 
@@ -443,18 +472,19 @@ def _sum(b: Builder, c: Call, *parts: Input) -> Output:
 
 
 # operators whose active input need not be the first
-ANYWHERE = frozenset({"Add", "Concat", "Div", "Gather", "Gemm", "MatMul", "Mul", "Sub", "Sum"})
+ANYWHERE = FUNCTIONS_ANYWHERE | frozenset(
+    {"Add", "Concat", "Div", "Gather", "Gemm", "MatMul", "Mul", "Sub", "Sum"}
+)
 RULES: dict[str, Rule] = {
     **WINDOWS,
+    **FUNCTIONS,
     "Abs": unary(torch.abs),
     "Add": _add,
     "BatchNormalization": _batch_norm,
     "Cast": _cast,
     "Clip": _clip,
     "Concat": _concat,
-    "Div": binary(torch.div),
     "Dropout": _same,
-    "Exp": unary(torch.exp),
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
@@ -464,10 +494,13 @@ RULES: dict[str, Rule] = {
     "Identity": _same,
     "LeakyRelu": _leaky,
     "MatMul": _matmul,
-    "Mul": binary(torch.mul),
     "Neg": unary(torch.neg),
     "Pad": _pad,
+    "ReduceL1": _norm,
+    "ReduceL2": _norm,
     "ReduceMax": reduction(prim.maximum),
+    "ReduceMin": _minimum,
+    "ReduceSumSquare": _norm,
     "ReduceMean": reduction(torch.mean),
     "ReduceSum": reduction(torch.sum),
     "Relu": unary(torch.relu),

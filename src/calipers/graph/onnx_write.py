@@ -7,6 +7,7 @@ evaluated and stored.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import secrets
@@ -334,6 +335,63 @@ def _maximum(w: Writer, x: Any, dims: Sequence[int], keepdim: bool = False) -> s
     return w.add("ReduceMax", x, axes=list(dims), keepdims=int(keepdim))
 
 
+def _elu(w: Writer, x: Any, alpha: float = 1.0, scale: float = 1.0, rate: float = 1.0) -> str:
+    if rate == 1:
+        y = w.add("Elu", x, alpha=float(alpha))
+    elif abs(alpha * rate - 1) <= 1e-12:
+        y = w.add("Celu", x, alpha=float(alpha))
+    else:
+        raise CaptureError("has no ONNX form with this alpha and rate; use ELU, SELU or CELU")
+    return y if scale == 1 else w.add("Mul", y, float(scale))
+
+
+def _gelu(w: Writer, x: Any) -> str:
+    bell = w.add("Add", w.add("Erf", w.add("Mul", x, math.sqrt(0.5))), 1.0)
+    return w.add("Mul", w.add("Mul", x, bell), 0.5)
+
+
+def _tanh_gelu(w: Writer, x: Any) -> str:
+    cube = w.add("Mul", w.add("Pow", x, 3.0), 0.044715)
+    inner = w.add("Mul", w.add("Add", x, cube), 2 * math.sqrt(2 / math.pi))
+    return w.add("Mul", x, w.add("Sigmoid", inner))
+
+
+def _step(w: Writer, x: Any, at: float = 0.0) -> str:
+    if at not in (0, 1):
+        raise CaptureError(f"a step that is {at} at 0 has no ONNX form")
+    above = w.add("GreaterOrEqual" if at else "Greater", x, 0.0)
+    return w.add("Cast", above, to=_element(w.dtype, "the network"))
+
+
+def _center(w: Writer, x: Any, dims: Sequence[int]) -> str:
+    return w.add("Sub", x, w.add("ReduceMean", x, axes=list(dims), keepdims=1))
+
+
+def _differences(w: Writer, x: Any, dim: int) -> str:
+    rank = len(w.shape)  # of the operand, batch included
+    order = [*(i for i in range(rank) if i != dim), dim]
+    along = w.add("Unsqueeze", w.add("Transpose", x, perm=order), w.integers([dim]))
+    return w.add("Sub", along, w.add("Unsqueeze", x, w.integers([rank])))
+
+
+def _repeated(w: Writer, x: Any, value: Any) -> str:
+    batch = w.add("Slice", w.add("Shape", x), *(w.integers([v]) for v in (0, 1)))
+    size = w.add("Concat", batch, w.integers(value.tensor.shape), axis=0)
+    return w.add("Expand", Stored(value.tensor[None], value.name), size)
+
+
+def _interpolate(w: Writer, x: Any, size: Sequence[int], mode: str, corners: bool = False) -> str:
+    front = w.add("Slice", w.add("Shape", x), *(w.integers([v]) for v in (0, 2)))
+    target = w.add("Concat", front, w.integers(size), axis=0)
+    if mode == "nearest":
+        how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    else:
+        how = {"coordinate_transformation_mode": "align_corners" if corners else "half_pixel"}
+    return w.add(
+        "Resize", x, None, None, target, mode="nearest" if mode == "nearest" else "linear", **how
+    )
+
+
 WRITE: dict[Callable[..., Any], Callable[..., str]] = {
     F.linear: _linear,
     F.leaky_relu: lambda w, x, slope=0.01: w.add("LeakyRelu", x, alpha=float(slope)),
@@ -348,7 +406,38 @@ WRITE: dict[Callable[..., Any], Callable[..., str]] = {
     torch.conv_transpose2d: _conv_transpose,
     torch.conv_transpose3d: _conv_transpose,
     torch.div: _plain("Div"),
-    torch.exp: _plain("Exp"),
+    **{
+        op: _plain(name)
+        for op, name in (
+            (torch.exp, "Exp"),
+            (torch.log, "Log"),
+            (torch.sqrt, "Sqrt"),
+            (torch.erf, "Erf"),
+            (torch.sin, "Sin"),
+            (torch.cos, "Cos"),
+            (torch.atan, "Atan"),
+            (torch.sign, "Sign"),
+            (torch.round, "Round"),
+            (torch.floor, "Floor"),
+            (torch.ceil, "Ceil"),
+            (torch.reciprocal, "Reciprocal"),
+            (F.softsign, "Softsign"),
+            (F.hardswish, "HardSwish"),
+            (prim.softplus, "Softplus"),
+        )
+    },
+    torch.pow: lambda w, x, exponent: w.add("Pow", x, float(exponent)),
+    torch.rsqrt: lambda w, x: w.add("Reciprocal", w.add("Sqrt", x)),
+    F.gelu: _gelu,
+    F.mish: lambda w, x: w.add("Mul", x, w.add("Tanh", w.add("Softplus", x))),
+    F.silu: lambda w, x: w.add("Mul", x, w.add("Sigmoid", x)),
+    prim.tanh_gelu: _tanh_gelu,
+    prim.elu: _elu,
+    prim.step: _step,
+    prim.center: _center,
+    prim.constant: _repeated,
+    prim.differences: _differences,
+    prim.interpolate: _interpolate,
     torch.index_select: lambda w, x, dim, index: w.add("Gather", x, index, axis=dim),
     torch.matmul: _plain("MatMul"),
     torch.mean: _mean,

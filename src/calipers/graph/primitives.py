@@ -95,3 +95,51 @@ def max_pool(
 def maximum(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
     """The maximum over axes (the batch is not one of them)."""
     return torch.amax(x, tuple(dims), keepdim)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)), also where torch's own gives x."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+def elu(x: Tensor, alpha: float = 1.0, scale: float = 1.0, rate: float = 1.0) -> Tensor:
+    """scale·x for x > 0, scale·alpha·(exp(rate·x) − 1) elsewhere: ELU, SELU and CELU."""
+    return scale * torch.where(x > 0, x, alpha * torch.expm1(rate * x.clamp_max(0)))
+
+
+def step(x: Tensor, at: float = 0.0) -> Tensor:
+    """0 below 0, 1 above, ``at`` at 0."""
+    return torch.heaviside(x, x.new_tensor(at))
+
+
+def center(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Each example less its mean over axes (the batch is not one of them)."""
+    return x - x.mean(tuple(dims), keepdim=True)
+
+
+def differences(x: Tensor, dim: int) -> Tensor:
+    """x_j − x_i along ``dim``, j in a new last dimension."""
+    along = x.movedim(dim, -1)
+    return x.unsqueeze(-1).neg() + along.unsqueeze(dim)
+
+
+def constant(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` for each example of ``x``."""
+    return value.expand(x.shape[0], *value.shape)
+
+
+def indicator(mask: Tensor) -> Tensor:
+    """1 where a mask holds, 0 elsewhere."""
+    return mask.to(torch.get_default_dtype())
+
+
+def interpolate(x: Tensor, size: Sequence[int], mode: str, corners: bool = False) -> Tensor:
+    """Images resized by interpolation of neighbours ("nearest", "linear", "bilinear", "trilinear")."""
+    return F.interpolate(
+        x, tuple(size), mode=mode, align_corners=corners if mode != "nearest" else None
+    )

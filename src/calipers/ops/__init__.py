@@ -1,7 +1,8 @@
 """The op table: every op described once, read by every method.
 
-``OPS[op]`` is one of the four kinds. Register an op of your own with `register`; the contract test in
-``tests/test_ops.py`` shows what an entry must satisfy.
+``OPS[op]`` is one of the four kinds. Register an op of your own with `register`, a nondecreasing function in one line:
+``register(torch.asinh, monotone(torch.asinh))``; the contract test in ``tests/test_ops.py`` shows what an entry must
+satisfy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from calipers.ops.kinds import Extremum as Extremum
 from calipers.ops.kinds import Kind as Kind
 from calipers.ops.kinds import Lines as Lines
 from calipers.ops.kinds import Tuned as Tuned
+from calipers.ops.piecewise import monotone as monotone
 
 OPS: dict[Callable[..., Any], Kind] = {
     **AFFINE,

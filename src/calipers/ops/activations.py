@@ -1,283 +1,198 @@
-"""Elementwise functions: exact ranges, sound lines, pieces."""
+"""The elementwise functions of the table; the curved ones by their shapes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calipers.ops.kinds import Activation, Lines, Pieces, Tuned
+from calipers.graph import primitives as prim
+from calipers.ops.kinds import Activation
+from calipers.ops.piecewise import PIECEWISE
+from calipers.ops.smooth import COSINE, SINE, Curve, activation
 from calipers.sets import Interval
 
-
-def _chord(f: Callable[[Tensor], Tensor], x: Interval, flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and offset of the line through both ends; ``flat`` is the slope where the interval is a point."""
-    width = x.upper - x.lower
-    low = f(x.lower)
-    slope = torch.where(width > 0, (f(x.upper) - low) / torch.where(width > 0, width, 1.0), flat)
-    return slope, low - slope * x.lower
+INF = math.inf
+TAIL = 1100.0  # ulps of functions whose tails shrink like exp(-z²/2) with z rounded, down to the smallest number
+ALL, NEGATIVE, POSITIVE = (-INF, INF), (-INF, 0.0), (0.0, INF)
 
 
-def _monotone(f: Callable[..., Tensor]) -> Callable[..., Interval]:
-    return lambda x, *args: Interval(f(x.lower, *args), f(x.upper, *args))
+def _s_shaped(f: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]) -> Curve:
+    return Curve(f, slope, concave=(POSITIVE,), convex=(NEGATIVE,))
 
 
-# -- one kink: max(a·z, z) or min(a·z, z), relu, |z| ----------------------------------------------------
-
-
-def _kink(x: Interval, left: float, right: float) -> Lines:
-    """Lines for f(z) = left·z (z < 0), right·z (z >= 0): the chord on the far side, and through the
-    origin the slope of whichever end is further away (CROWN's adaptive choice)."""
-    l, u = x
-    below, above = l.clamp(max=0.0), u.clamp(min=0.0)
-    crossing = (l < 0) & (u > 0)
-    width = torch.where(crossing, above - below, 1.0)
-    slope = (right * above - left * below) / width
-    offset = below * (left - slope)  # the chord meets (l, left·l)
-    # tensors, because torch.where of two numbers rounds them to the default dtype
-    slope_left, slope_right = l.new_tensor(left), l.new_tensor(right)
-    one_side = torch.where(l >= 0, slope_right, slope_left)
-    tangent = torch.where(u > -l, slope_right, slope_left)
-    zero = torch.zeros_like(l)
-    chord_slope = torch.where(crossing, slope, one_side)
-    chord_offset = torch.where(crossing, offset, zero)
-    tangent_slope = torch.where(crossing, tangent, one_side)
-    if right >= left:  # convex
-        return Lines(tangent_slope, zero, chord_slope, chord_offset)
-    return Lines(chord_slope, chord_offset, tangent_slope, zero)
-
-
-def _kink_tuned(left: float, right: float) -> Tuned:
-    """The line through the origin may have any slope between the two sides' (left at 0, right at 1)."""
-
-    def lines(x: Interval, lower: Tensor, upper: Tensor) -> Lines:
-        known = _kink(x, left, right)
-        crossing = (x.lower < 0) & (x.upper > 0)
-        if right >= left:
-            slope = torch.where(crossing, left + (right - left) * lower, known.lower_slope)
-            return known._replace(lower_slope=slope)
-        slope = torch.where(crossing, left + (right - left) * upper, known.upper_slope)
-        return known._replace(upper_slope=slope)
-
-    def start(x: Interval) -> tuple[Tensor, Tensor]:
-        choice = (x.upper > -x.lower).to(x.lower.dtype)
-        return choice, choice
-
-    return Tuned(lines, start)
-
-
-def _leaky_tuned() -> Tuned:
-    def lines(x: Interval, lower: Tensor, upper: Tensor, slope: float = 0.01) -> Lines:
-        return _kink_tuned(slope, 1.0).lines(x, lower, upper)
-
-    return Tuned(lines, lambda x, *_: _kink_tuned(0.0, 1.0).start(x))
-
-
-def _one_sided(x: Interval, *_: Any) -> Tensor:
-    return (x.lower >= 0) | (x.upper <= 0)
-
-
-def _relu_relax(x: Interval) -> Lines:
-    """The chord above; below, slope 1 where u > −l and 0 elsewhere. Stable neurons fall out as 1 or 0."""
-    l, u = x
-    down = -l
-    below, above = down.clamp_min(0.0), u.clamp_min(0.0)
-    slope = above / (above + below).clamp_min(torch.finfo(l.dtype).tiny)
-    return Lines((u > down).to(l.dtype), torch.zeros_like(l), slope, slope * below)
-
-
-def _leaky_image(x: Interval, slope: float = 0.01) -> Interval:
-    low, high = F.leaky_relu(x.lower, slope), F.leaky_relu(x.upper, slope)
-    if slope >= 0:
-        return Interval(low, high)
-    spans = (x.lower <= 0) & (x.upper >= 0)
-    return Interval(torch.where(spans, 0.0, torch.minimum(low, high)), torch.maximum(low, high))
-
-
-def _abs_image(x: Interval) -> Interval:
-    low, high = x.lower.abs(), x.upper.abs()
-    spans = (x.lower <= 0) & (x.upper >= 0)
-    return Interval(torch.where(spans, 0.0, torch.minimum(low, high)), torch.maximum(low, high))
-
-
-# -- clamp: two kinks -----------------------------------------------------------------------------------
-
-
-def _limits(low: Any, high: Any) -> tuple[float, float]:
-    return -math.inf if low is None else float(low), math.inf if high is None else float(high)
-
-
-def _clamp_relax(x: Interval, low: Any = None, high: Any = None) -> Lines:
-    """Each side has two candidate lines (a constant and one through a corner); the one with less area is taken."""
-    a, b = _limits(low, high)
-    l, u = x
-
-    def f(z: Tensor) -> Tensor:
-        return z.clamp(a, b)
-
-    fl, fu = f(l), f(u)
-    inner = ((l >= a) & (u <= b)).to(l.dtype)
-    slope, offset = _chord(f, x, inner)
-    zero = torch.zeros_like(l)
-    # upper side: the constant f(u), or the line from (l, f(l)) to the corner (b, b) if that comes before u
-    corner = torch.where(u > b, b if math.isfinite(b) else 0.0, u)
-    rise = corner - l
-    up_slope = torch.where(
-        u > b, torch.where(rise > 0, (corner - fl) / torch.where(rise > 0, rise, 1.0), zero), slope
-    )
-    up_slope = torch.where((u > b) & (up_slope * (u - l) > 2 * (fu - fl)), zero, up_slope)
-    up_offset = torch.where(u > b, fu - up_slope * corner, offset)
-    # lower side: the constant f(l), or the line from the corner (a, a) to (u, f(u))
-    corner = torch.where(l < a, a if math.isfinite(a) else 0.0, l)
-    rise = u - corner
-    lo_slope = torch.where(
-        l < a, torch.where(rise > 0, (fu - corner) / torch.where(rise > 0, rise, 1.0), zero), slope
-    )
-    lo_slope = torch.where((l < a) & (lo_slope * (u - l) > 2 * (fu - fl)), zero, lo_slope)
-    lo_offset = torch.where(l < a, fl - lo_slope * corner, offset)
-    constant = fl == fu
-    return Lines(
-        torch.where(constant, zero, lo_slope),
-        torch.where(constant, fl, lo_offset),
-        torch.where(constant, zero, up_slope),
-        torch.where(constant, fu, up_offset),
-    )
-
-
-def _clamp_linear(x: Interval, low: Any = None, high: Any = None) -> Tensor:
-    a, b = _limits(low, high)
-    return (x.upper <= a) | (x.lower >= b) | ((x.lower >= a) & (x.upper <= b))
-
-
-def _clamp_pieces(low: Any = None, high: Any = None) -> Pieces:
-    points = tuple(p for p in _limits(low, high) if math.isfinite(p))
-    if not points:
-        return Pieces((0.0,), (1.0, 1.0), 0.0)
-    slopes = (
-        (0.0, 1.0, 0.0) if len(points) == 2 else ((0.0, 1.0) if low is not None else (1.0, 0.0))
-    )
-    return Pieces(points, slopes, points[0])
-
-
-# -- S-shaped: convex left of 0, concave right of it, f(z) + f(-z) constant ---------------------------------
-
-
-def _s_shaped(
+def _gated(
     f: Callable[[Tensor], Tensor],
-    slope_at: Callable[[Tensor], Tensor],
-    bend_at: Callable[[Tensor], Tensor],
-) -> Callable[[Interval], Lines]:
-    """``slope_at`` and ``bend_at``: the first two derivatives."""
+    slope: Callable[[Tensor], Tensor],
+    bends: tuple[float, float],
+    turn: float,
+    inset: float = 0.0,
+) -> Curve:
+    """z times a gate that opens: falling slopes below 0, then rising ones, then ones falling to 1.
 
-    def touching(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest d >= 0 found whose tangent passes above (l, f(l)), and whether u is already before it."""
-        with torch.no_grad():
-            near, far = torch.zeros_like(l), u.clamp_min(0.0)
-            fl = f(l)
-
-            def above(d: Tensor) -> Tensor:
-                return f(d) + slope_at(d) * (l - d) >= fl
-
-            chord = (u <= 0) | ~above(far)
-            for _ in range(40):
-                middle = (near + far) / 2
-                ok = above(middle)
-                near, far = torch.where(ok, near, middle), torch.where(ok, middle, far)
-        if l.requires_grad and torch.is_grad_enabled():
-            # the derivative of d by the implicit function theorem; the value stays as it is
-            residual = f(far) + slope_at(far) * (l - far) - f(l)
-            steep = (bend_at(far) * (l - far)).detach()
-            far = far - torch.where(
-                steep > 0, (residual - residual.detach()) / torch.where(steep > 0, steep, 1.0), 0.0
-            )
-        return far, chord
-
-    def upper(l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """An upper line on [l, u] by its slope and a point where it meets f: the chord where f lies below it, else
-        the tangent at a point d >= 0 that passes above (l, f(l)); any such tangent is an upper bound."""
-        point, chord = touching(l, u)
-        # a tangent point nearer the middle is tighter on average where both are sound
-        middle = (l + u) / 2
-        point = torch.where((l >= 0) | (middle > point), middle, point)
-        steep, _ = _chord(f, Interval(l, u), slope_at(l))
-        return torch.where(chord, steep, slope_at(point)), torch.where(chord, l, point)
-
-    def relax(x: Interval) -> Lines:
-        up_slope, up_at = upper(x.lower, x.upper)
-        lo_slope, lo_at = upper(-x.upper, -x.lower)  # f(z) + f(-z) is constant
-        lo_offset = f(-lo_at) + lo_slope * lo_at  # from f itself: near 0 it is far more accurate
-        return Lines(lo_slope, lo_offset, up_slope, f(up_at) - up_slope * up_at)
-
-    return relax
+    Args:
+        inset: by how much the convex stretch keeps away from kinks at its ends.
+    """
+    low, high = bends
+    middle = (low + inset, high - inset)
+    return Curve(f, slope, ((-INF, low), (high, INF)), (middle,), (turn,))
 
 
 def _sigmoid_slope(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * torch.sigmoid(-z)
+    return torch.sigmoid(z) * torch.sigmoid(-z)
 
 
 def _tanh_slope(z: Tensor) -> Tensor:
-    return (
-        1
-        / torch.cosh(
-            z.clamp(-350.0, 350.0) if z.dtype == torch.float64 else z.clamp(-44.0, 44.0)
-        ).square()
+    reach = 350.0 if z.dtype == torch.float64 else 44.0
+    return 1 / torch.cosh(z.clamp(-reach, reach)).square()
+
+
+def _softsign_slope(z: Tensor) -> Tensor:
+    return (1 + z.abs()).square().reciprocal()
+
+
+def _silu_slope(z: Tensor) -> Tensor:
+    gate = torch.sigmoid(z)
+    return gate * (1 + z * torch.sigmoid(-z))
+
+
+def _normal(z: Tensor) -> Tensor:
+    """The distribution function, accurate in its lower tail too."""
+    return 0.5 * torch.erfc(z * -math.sqrt(0.5))
+
+
+def _gelu_slope(z: Tensor) -> Tensor:
+    return _normal(z) + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+
+
+_TANH_GELU = 2 * math.sqrt(2 / math.pi)  # tanh(x) = 2·sigmoid(2x) − 1
+
+
+def _tanh_gate(z: Tensor) -> Tensor:
+    return _TANH_GELU * (z + 0.044715 * z * z * z)
+
+
+def _tanh_gelu_slope(z: Tensor) -> Tensor:
+    inner = _tanh_gate(z)
+    gate, closing = torch.sigmoid(inner), torch.sigmoid(-inner)
+    return gate * (1 + z * closing * _TANH_GELU * (1 + 3 * 0.044715 * z * z))
+
+
+def _mish_slope(z: Tensor) -> Tensor:
+    gate = torch.tanh(prim.softplus(z))
+    return gate + z * torch.sigmoid(z) * (1 - gate) * (1 + gate)
+
+
+def _hardswish_slope(z: Tensor) -> Tensor:
+    return torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, (2 * z + 3) / 6))
+
+
+@lru_cache(maxsize=64)
+def _elu(alpha: float = 1.0, scale: float = 1.0, rate: float = 1.0) -> Curve:
+    def slope(z: Tensor) -> Tensor:
+        return scale * torch.where(z > 0, 1.0, alpha * rate * torch.exp(rate * z.clamp_max(0)))
+
+    def f(z: Tensor) -> Tensor:
+        return prim.elu(z, alpha, scale, rate)
+
+    if alpha * rate <= 1:
+        return Curve(f, slope, convex=(ALL,))
+    return Curve(f, slope, concave=((1e-30, INF),), convex=(NEGATIVE,))  # the kink at 0 bends down
+
+
+@lru_cache(maxsize=64)
+def _power(exponent: float) -> Curve:
+    def f(z: Tensor) -> Tensor:
+        return torch.pow(z, exponent)
+
+    def slope(z: Tensor) -> Tensor:
+        return exponent * torch.pow(z, exponent - 1)
+
+    if exponent != int(exponent):
+        bend = {"convex": (POSITIVE,)} if exponent > 1 else {"concave": (POSITIVE,)}
+        return Curve(f, slope, domain=POSITIVE, **bend)  # type: ignore[arg-type]
+    if exponent % 2 == 0:
+        return Curve(f, slope, convex=(ALL,), turns=(0.0,))
+    return Curve(f, slope, concave=(NEGATIVE,), convex=(POSITIVE,))
+
+
+CURVES: dict[Callable[..., Any], Curve] = {
+    torch.sigmoid: _s_shaped(torch.sigmoid, _sigmoid_slope),
+    torch.tanh: _s_shaped(torch.tanh, _tanh_slope),
+    torch.erf: _s_shaped(torch.erf, lambda z: 2 / math.sqrt(math.pi) * torch.exp(-z * z)),
+    torch.atan: _s_shaped(torch.atan, lambda z: 1 / (1 + z * z)),
+    F.softsign: _s_shaped(lambda z: z / (1 + z.abs()), _softsign_slope),
+    F.silu: _gated(
+        lambda z: z * torch.sigmoid(z),
+        _silu_slope,
+        (-2.3993572805154676678, 2.3993572805154676678),
+        -1.2784645427610737951,
+    ),
+    F.gelu: _gated(
+        lambda z: z * _normal(z),
+        _gelu_slope,
+        (-math.sqrt(2), math.sqrt(2)),
+        -0.7517915246935644574,
+    ),
+    prim.tanh_gelu: _gated(
+        lambda z: z * torch.sigmoid(_tanh_gate(z)),
+        _tanh_gelu_slope,
+        (-1.4185040087908283555, 1.4185040087908283555),
+        -0.7524614220710162585,
+    ),
+    F.mish: _gated(
+        lambda z: z * torch.tanh(prim.softplus(z)),
+        _mish_slope,
+        (-2.2563763963607931, 1.4905711794854284593),
+        -1.1924312145154952121,
+    ),
+    F.hardswish: _gated(
+        lambda z: z * (z + 3).clamp(0, 6) / 6, _hardswish_slope, (-3.0, 3.0), -1.5, inset=5e-7
+    ),
+    prim.softplus: Curve(prim.softplus, torch.sigmoid, convex=(ALL,)),
+    torch.exp: Curve(torch.exp, torch.exp, convex=(ALL,)),
+    torch.log: Curve(torch.log, torch.reciprocal, concave=(ALL,), domain=POSITIVE),
+    torch.sqrt: Curve(torch.sqrt, lambda z: 0.5 * z.rsqrt(), concave=(ALL,), domain=POSITIVE),
+    torch.rsqrt: Curve(torch.rsqrt, lambda z: -0.5 * z.rsqrt() / z, convex=(ALL,), domain=POSITIVE),
+    torch.reciprocal: Curve(
+        torch.reciprocal,
+        lambda z: -z.square().reciprocal(),
+        concave=(NEGATIVE,),
+        convex=(POSITIVE,),
+        hole=0.0,
+    ),
+    torch.sin: SINE,
+    torch.cos: COSINE,
+}  # fmt: skip
+
+
+def _hardswish_linear(x: Interval) -> Tensor:
+    return (x.lower >= 3) | (x.upper <= -3)
+
+
+def _right_linear(x: Interval, *_: Any) -> Tensor:
+    return x.lower >= 0
+
+
+def _fixed(op: Callable[..., Any], curve: Curve) -> Activation:
+    tail = op in (F.gelu, prim.tanh_gelu)
+    other = op is prim.softplus  # torch's own goes over to z
+    return activation(
+        lambda: curve,
+        ulps=TAIL if tail else 16.0,
+        linear=_hardswish_linear if op is F.hardswish else None,
+        relative=not (tail or other),
     )
 
 
-def _sigmoid_bend(z: Tensor) -> Tensor:
-    return _sigmoid_slope(z) * (1 - 2 * torch.sigmoid(z))
-
-
-def _tanh_bend(z: Tensor) -> Tensor:
-    return -2 * torch.tanh(z) * _tanh_slope(z)
-
-
-def _point(x: Interval) -> Tensor:
-    return x.lower == x.upper
-
-
 ACTIVATIONS: dict[Callable[..., Any], Activation] = {
-    torch.relu: Activation(
-        lambda x: Interval(x.lower.clamp_min(0), x.upper.clamp_min(0)),
-        _relu_relax,
-        _one_sided,
-        lambda: Pieces((0.0,), (0.0, 1.0), 0.0),
-        tuned=_kink_tuned(0.0, 1.0),
-    ),
-    F.leaky_relu: Activation(
-        _leaky_image,
-        lambda x, slope=0.01: _kink(x, slope, 1.0),
-        _one_sided,
-        lambda slope=0.01: Pieces((0.0,), (slope, 1.0), 0.0),
-        ulps=1.0,
-        tuned=_leaky_tuned(),
-    ),
-    torch.abs: Activation(
-        _abs_image,
-        lambda x: _kink(x, -1.0, 1.0),
-        _one_sided,
-        lambda: Pieces((0.0,), (-1.0, 1.0), 0.0),
-        tuned=_kink_tuned(-1.0, 1.0),
-    ),
-    torch.clamp: Activation(
-        _monotone(torch.clamp),
-        _clamp_relax,
-        _clamp_linear,
-        _clamp_pieces,
-        ulps=1.0,  # its limits are rounded to the dtype
-    ),
-    torch.sigmoid: Activation(
-        _monotone(torch.sigmoid),
-        _s_shaped(torch.sigmoid, _sigmoid_slope, _sigmoid_bend),
-        _point,
-        ulps=16.0,
-    ),
-    torch.tanh: Activation(
-        _monotone(torch.tanh), _s_shaped(torch.tanh, _tanh_slope, _tanh_bend), _point, ulps=16.0
-    ),
+    **PIECEWISE,
+    **{op: _fixed(op, curve) for op, curve in CURVES.items()},
+    prim.elu: activation(_elu, ulps=16.0, linear=_right_linear),
+    torch.pow: activation(_power, ulps=16.0),
 }

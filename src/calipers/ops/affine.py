@@ -273,6 +273,42 @@ def _add_transpose(A: Tensor, _i: int, shape: Shape, *_: Any) -> Tensor:
     return _sum_to(A, shape)
 
 
+# -- centring, differences, constants ----------------------------------------------------------------------
+
+
+def _center_magnitude(_: float, x: Tensor, dims: Shape) -> Tensor:
+    count = math.prod(x.shape[d] for d in dims)
+    return x * ((count - 2) / count) + x.mean(tuple(dims), keepdim=True)
+
+
+def _center_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, dims: Shape) -> Tensor:
+    return prim.center(A, dims)
+
+
+def _differences_magnitude(_: float, x: Tensor, dim: int) -> Tensor:
+    sums = x.unsqueeze(-1) + x.movedim(dim, -1).unsqueeze(dim)
+    equal = torch.eye(x.shape[dim], dtype=torch.bool, device=x.device)
+    shape = [1] * sums.ndim
+    shape[dim] = shape[-1] = x.shape[dim]
+    return torch.where(equal.reshape(shape), 0.0, sums)
+
+
+def _differences_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, dim: int) -> Tensor:
+    return A.sum(dim).movedim(-1, dim) - A.sum(-1)
+
+
+def _constant_magnitude(scale: float, x: Tensor, value: Tensor) -> Tensor:
+    return scale * prim.constant(x, value.abs())
+
+
+def _constant_transpose(A: Tensor, _i: int, shape: Shape, *_: Any) -> Tensor:
+    return A.new_zeros(A.shape[0], *shape)
+
+
+def _interpolation_terms(_x: Any, size: Shape, mode: str, _corners: bool = False) -> int:
+    return 0 if mode == "nearest" else 8 * 2 ** len(size)  # weights are themselves computed
+
+
 AFFINE: dict[Callable[..., Any], Affine] = {
     F.linear: Affine(
         _linear_magnitude, _linear_transpose, _linear_rows, lambda _x, w, *_: max(w.shape)
@@ -316,4 +352,13 @@ AFFINE: dict[Callable[..., Any], Affine] = {
     torch.sum: Affine(transpose=_sum_transpose, terms=_reduce_count),
     torch.mean: Affine(transpose=_mean_transpose, terms=_reduce_count),
     prim.average_pool: Affine(terms=_pool_count),
+    prim.center: Affine(_center_magnitude, _center_transpose, terms=_reduce_count),
+    prim.differences: Affine(
+        _differences_magnitude, _differences_transpose, terms=lambda x, dim: 2 * x.shape[dim]
+    ),
+    prim.constant: Affine(_constant_magnitude, _constant_transpose, separable=True),
+    prim.interpolate: Affine(terms=_interpolation_terms),
+    torch.conv_transpose3d: Affine(
+        _conv_magnitude(torch.conv_transpose3d), _deconv_transpose(torch.conv3d), terms=_conv_terms
+    ),
 }

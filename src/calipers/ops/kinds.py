@@ -90,6 +90,7 @@ class Activation:
         pieces: ``(*args) -> Pieces`` for a piecewise-linear f.
         ulps: rounding error of the op itself, in units in the last place; 0 where it is exact.
         tuned: lines that can be optimised; None: ``relax`` is all there is.
+        steepest: ``(interval, *args) -> Tensor``: a Lipschitz constant on the interval; None: that of the pieces.
     """
 
     image: Callable[..., Interval]
@@ -98,6 +99,7 @@ class Activation:
     pieces: Callable[..., Pieces] | None = None
     ulps: float = 0.0
     tuned: Tuned | None = None
+    steepest: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
