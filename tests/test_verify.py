@@ -267,6 +267,14 @@ def test_another_function_in_onnxruntime_has_no_verdict(square: Square, monkeypa
         assert "outputs differ" in found.reason
 
 
+def test_every_evaluation_must_be_broken(square: Square, table, unbounded, monkeypatch) -> None:
+    """onnxruntime agrees within rounding and says 2.00005; torch says 2, which is not 2.00002."""
+    monkeypatch.setattr(verify, "onnxruntime_replica", lambda _: lambda x: square[1](x) + 5e-5)
+    table(outcome(Outcome(point=torch.tensor([1.0, 1.0]))))
+    assert ask(square, text("-1", "1", "(>= Y_0 2.00002)")).verdict == "unknown"
+    assert ask(square, text("-1", "1", "(>= Y_0 1.99)")).verdict == "sat"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_broken_parameters_have_no_verdict(value: float) -> None:
     network = mlp(0, (2, 4, 2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -399,10 +400,12 @@ def verify(
     network cannot be read or do not fit, 3 if something failed that should not (stdout says unknown then); 130 after
     Ctrl-C.
     """
+    begin = time.perf_counter()  # the limit includes the import of torch
     from calipers.cli import verifying
 
     code = verifying.verify(
         files,
+        begin=begin,
         networks=network or [],
         timeout=timeout,
         folder=serialise_assignments,

@@ -85,6 +85,7 @@ def _serialise(
 def verify(
     files: Sequence[str],
     *,
+    begin: float,
     networks: Sequence[str],
     timeout: str | None,
     folder: Path | None,
@@ -94,8 +95,11 @@ def verify(
     json_file: Path | None,
     seed: int,
 ) -> int:
-    """Decide, print, write; returns the exit code. Only an argument of --json or the folder may raise."""
-    begin = time.perf_counter()
+    """Decide, print, write; returns the exit code. Only an argument of --json or the folder may raise.
+
+    Args:
+        begin: from when on the time counts (`time.perf_counter`).
+    """
     if json_file is not None:
         writable("--json", json_file.absolute())
     answer = _Answer(
@@ -108,7 +112,8 @@ def verify(
         seconds = _seconds(timeout)
         limit = None if memory is None else bytes_of(memory)
         if math.isfinite(seconds):
-            watchdog = threading.Timer(seconds + GRACE, _end, (answer,))
+            left = max(seconds - (time.perf_counter() - begin), 0.0)
+            watchdog = threading.Timer(left + GRACE, _end, (answer,))
             watchdog.daemon = True
             watchdog.start()
         network, query = read(model, path, name)
