@@ -163,6 +163,8 @@ class Search:
             tighten(state, C, wanted, steps=4, share=0.999)
             low = torch.maximum(low, ascended(state, C, d, wanted, steps=12))
             open_ = self._open(low)
+        if open_.any() and not large:  # what mattered little before may matter among many splits
+            tighten(state, C, open_[self.spec.clause].unsqueeze(0), steps=4, share=1.0)
         self._keep(low)
         if open_.any():
             members = _members(self.spec)
