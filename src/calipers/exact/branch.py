@@ -20,6 +20,7 @@ from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import functionals, neurons, tightener
 from calipers.bounds.slopes import ascended, tighten
 from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
 from calipers.exact.outcome import Outcome
 from calipers.graph.graph import Network
@@ -328,7 +329,7 @@ class Search:
         x = self.region[index].maximizer(-rows.double()).to(self.network.dtype)
         failed = torch.nonzero(self.spec[index].violated(self.network(x))).flatten()
         for i in failed.tolist():
-            if bool(self.region.contains(x[i : i + 1])[0]):
+            if witness(self.network, self.region, self.spec, x[i : i + 1]).upper.item() <= 0:
                 self.point = x[i]
                 return
 
