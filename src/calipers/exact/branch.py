@@ -109,7 +109,8 @@ class Search:
         self.point: Tensor | None = None
 
     def outcome(self) -> Outcome:
-        return Outcome(self.lower, self.point, self.count, self.reason)
+        reason = "" if self.point is not None else self.reason
+        return Outcome(self.lower, self.point, self.count, reason)
 
     def run(self) -> None:
         open_, low = self.root()
