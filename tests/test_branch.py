@@ -44,6 +44,9 @@ OPS: dict[str, tuple[Any, ...]] = {
 CLAUSES = [[0, 1, 2], [0, 0, 1], [0, 0, 0], [0, 1, 0, 2], [0]]
 
 
+SOLVERS: dict[float, list[Callable[..., Outcome]]] = {INF: [branch, split_inputs], 1.0: [branch]}
+
+
 def ball(network: Network, p: float, eps: float, seed: int = 11) -> Region:
     return Region.ball(networks.inputs(network, 1, seed), eps, p, 0.0, 1.0)
 
@@ -55,7 +58,7 @@ def search(network: Network, region: Region, spec: Spec, **options: Any) -> Outc
 # -- agreement --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
     op=st.sampled_from(sorted(OPS)),
@@ -80,9 +83,10 @@ def test_two_inputs_agree_with_rational_arithmetic(
     spec = shifted(spec, shift - plane_minimum(network, region, spec))
     exact = plane_minimum(network, region, spec)
     assert float(exact) == pytest.approx(shift, abs=1e-12)
-    found = search(network, region, spec)
-    check_verdict(found, network, region, spec, exact)
-    check_decided(found, exact)
+    for solve in SOLVERS[p]:
+        found = solve(network, region, spec, deadline=deadline())
+        check_verdict(found, network, region, spec, exact)
+        check_decided(found, exact)
 
 
 def convolutional(seed: int) -> Network:
@@ -149,9 +153,7 @@ def test_the_oracles_agree_with_each_other_and_with_the_exact_program() -> None:
             assert pattern_minimum(network, region, spec) == pytest.approx(float(exact), abs=1e-7)
         for shift in (0.02, -0.02):
             moved = shifted(spec, shift - exact)
-            for solve in (branch, split_inputs, milp):
-                if solve is split_inputs and p == 1:
-                    continue
+            for solve in (*SOLVERS[p], milp):
                 found = solve(network, region, moved, deadline=deadline())
                 check_verdict(found, network, region, moved, shift, 1e-9)
                 check_decided(found, shift)
@@ -194,6 +196,36 @@ def bracket(network: Network, region: Region, spec: Spec, count: int = 400) -> t
     return values.amin().item() - constant * step / 2, inside.amin().item()
 
 
+@pytest.mark.xfail(strict=True, reason="a search looks for points at its bounds' corners only")
+@pytest.mark.parametrize("op", ["relu", "tanh"])
+def test_a_failure_away_from_all_corners_is_found(op: str) -> None:
+    """A pit in the middle of an interval: sub-problems close in on it, and their own corners must be tried."""
+    network = {"relu": spike((0.3125,), 2**-10, 1.25), "tanh": pit()}[op]
+    found = search(network, UNIT, Spec.functional(torch.ones(1, 1, 1)), deadline=deadline(1.0))
+    assert found.point is not None, found
+
+
+UNIT = Region.box(torch.zeros(1, 1), torch.ones(1, 1))
+
+
+def pit() -> Network:
+    """1 + tanh(20x − 8) − tanh(20x − 6): −0.5 at 0.35."""
+    b = networks.Builder((1,))
+    h = b(torch.tanh, b(F.linear, b.x, torch.full((2, 1), 20.0), torch.tensor([-8.0, -6.0])))
+    b(F.linear, h, torch.tensor([[1.0, -1.0]]), torch.ones(1))
+    return b.network()
+
+
+@pytest.mark.xfail(strict=True, reason="neither limits nor maxima are split")
+@pytest.mark.parametrize("op", ["clamp", "pool"])
+def test_every_piecewise_linear_op_is_split(op: str) -> None:
+    network = {"clamp": dense(2, (2, 5, 4, 3), *OPS["clamp"]), "pool": pooled(0)}[op]
+    region, spec = ball(network, INF, 0.5 if op == "clamp" else 0.3), drawn(2, [0, 1, 2], 3)
+    least = plane_minimum if op == "clamp" else pattern_minimum
+    found = search(network, region, shifted(spec, 0.01 - float(least(network, region, spec))))
+    assert found.robust, found
+
+
 # -- near ties --------------------------------------------------------------------------------------------------------
 
 
@@ -215,16 +247,17 @@ def tied(seed: int, clause: list[int], op: str) -> tuple[Network, Region, Spec] 
 @pytest.mark.parametrize("op", ["relu", "abs"])
 @pytest.mark.parametrize("clause", [[0, 1, 2], [0, 0, 1]])
 def test_near_ties(op: str, clause: list[int]) -> None:
-    for network, region, spec in filter(None, (tied(seed, clause, op) for seed in range(3))):
+    for network, region, spec in filter(None, (tied(seed, clause, op) for seed in range(2))):
         for by in (1e-3, 1e-6, 0.0, -1e-9, -1e-6, -1e-3):
             moved = shifted(spec, by)
             exact = plane_minimum(network, region, moved)
             assert (exact > 0) == (by > 0)
-            seconds = 0.15 if abs(by) < 1e-3 else 10.0  # there it need not decide
-            found = search(network, region, moved, deadline=deadline(seconds))
-            check_verdict(found, network, region, moved, exact)
-            if seconds > 1:
-                check_decided(found, exact)
+            seconds = 0.1 if abs(by) < 1e-3 else 10.0  # there it need not decide
+            for solve in SOLVERS[INF]:
+                found = solve(network, region, moved, deadline=deadline(seconds))
+                check_verdict(found, network, region, moved, exact)
+                if seconds > 1:
+                    check_decided(found, exact)
 
 
 # -- planted counterexamples ------------------------------------------------------------------------------------------
@@ -269,9 +302,11 @@ def test_planted_counterexamples(name: str) -> None:
         )
         seen = torch.cat([region.sample(torch.tensor([s])) for s in range(100)])
         assert (network(seen) > 0).all()  # nothing shows at random
-        found = search(network, region, positive)
-        check_verdict(found, network, region, positive, 1 - Fraction(depth))
-        check_decided(found, 1 - depth)
+        for solve in SOLVERS[INF]:
+            seconds = 0.3 if depth == 1 else 10.0
+            found = solve(network, region, positive, deadline=deadline(seconds))
+            check_verdict(found, network, region, positive, 1 - Fraction(depth))
+            check_decided(found, 1 - depth)
 
 
 # -- limits and bad input ---------------------------------------------------------------------------------------------

@@ -142,13 +142,13 @@ def shifted(target: int, by: float) -> Spec:
     return Spec(spec.C.double(), spec.d.double() + by, spec.clause)
 
 
-@pytest.mark.parametrize("target", [1, 4, 6])
-def test_branch_and_bound_agrees_with_the_printed_minimum(target: int) -> None:
+def test_branch_and_bound_agrees_with_a_printed_minimum() -> None:
     """The minimum moved to 0.1 above 0 is proved, to 1e-4 below it is not."""
-    value = published("milp_small_test_image_0_with_box")["eps_0.1_margin_label_minus_target"]
-    value = value[str(target)]
-    end = time.perf_counter() + 30
-    if target != 1:  # the dearest
-        assert branch(small(), region(0.1), shifted(target, 0.1 - value), deadline=end).robust
-    end = time.perf_counter() + 1
-    assert not branch(small(), region(0.1), shifted(target, -1e-4 - value), deadline=end).robust
+    printed = published("milp_small_test_image_0_with_box")["eps_0.1_margin_label_minus_target"]
+    found = [
+        branch(
+            small(), region(0.1), shifted(6, by - printed["6"]), deadline=time.perf_counter() + t
+        )
+        for by, t in ((0.1, 30.0), (-1e-4, 0.5))
+    ]
+    assert [o.robust for o in found] == [True, False]
