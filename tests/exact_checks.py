@@ -64,7 +64,10 @@ def check_verdict(
 
 
 # why a search may leave open what it has all the time to decide: to be emptied
-UNFINISHED = ("no neuron is left to split",)
+UNFINISHED = (
+    "no neuron is left to split",
+    "a sub-problem without a neuron to split stayed open",
+)
 
 
 def check_decided(found: Outcome, exact: float | Fraction, tolerance: float = 1e-4) -> None:
@@ -205,6 +208,31 @@ def plane_minimum(network: Network, region: Region, spec: Spec) -> Fraction:
                     part = side(part, rows[i] - rows[j], ends[i] - ends[j]) if part else part
                 best += [rows[i][0] * x + rows[i][1] * y + ends[i] for x, y in part]
     return min(best)
+
+
+def check_intervals(network: Network, region: Region, problem: Any, domains: Any) -> None:
+    """Intervals hold the members' values: sub-problems split at kinks are unions of cells, whose corners count."""
+    points = {p for polygon, _, _ in plane_cells(network, region) for p in polygon}
+    traces = [rationals.trace(network, np.array(p, dtype=object)) for p in points]
+    elements = [
+        (layer.node.operands[0], column)
+        for layer in problem.layers.values()
+        for column in layer.columns.tolist()
+    ]
+    for i in range(len(domains)):
+        splits = [
+            (elements[where], Fraction(point), side)
+            for where, point, side in zip(
+                *(getattr(domains, k)[i].tolist() for k in ("where", "point", "side")), strict=True
+            )
+            if where >= 0
+        ]
+        for values in traces:
+            if any(side * (values[name][k] - point) < 0 for (name, k), point, side in splits):
+                continue
+            ends = domains.low[i].tolist(), domains.high[i].tolist()
+            for (name, k), low, high in zip(elements, *ends, strict=True):
+                assert low <= values[name][k] <= high, f"{name}[{k}] outside its interval"
 
 
 # -- any piecewise-linear network, by linear programs -----------------------------------------------------------------

@@ -208,6 +208,15 @@ def test_a_failure_away_from_all_corners_is_found(op: str) -> None:
 UNIT = Region.box(torch.zeros(1, 1), torch.ones(1, 1))
 
 
+def maximum() -> Network:
+    """max(x, 1 − x)."""
+    b = networks.Builder((1,))
+    h = b(F.linear, b.x, torch.tensor([[1.0], [-1.0]]), torch.tensor([0.0, 1.0]))
+    h = b(prim.max_pool, b(prim.reshape, h, (1, 1, 2)), (1, 2), (1, 2), (0, 0), (1, 1), False)
+    b(F.linear, b.flat(h), torch.ones(1, 1))
+    return b.network()
+
+
 def pit() -> Network:
     """1 + tanh(20x − 8) − tanh(20x − 6): −0.5 at 0.35."""
     b = networks.Builder((1,))
@@ -217,12 +226,14 @@ def pit() -> Network:
 
 
 @pytest.mark.xfail(strict=True, reason="neither limits nor maxima are split")
-@pytest.mark.parametrize("op", ["clamp", "pool"])
-def test_every_piecewise_linear_op_is_split(op: str) -> None:
-    network = {"clamp": dense(2, (2, 5, 4, 3), *OPS["clamp"]), "pool": pooled(0)}[op]
-    region, spec = ball(network, INF, 0.5 if op == "clamp" else 0.3), drawn(2, [0, 1, 2], 3)
-    least = plane_minimum if op == "clamp" else pattern_minimum
-    found = search(network, region, shifted(spec, 0.01 - float(least(network, region, spec))))
+@pytest.mark.parametrize("name", ["clamp", "pool"])
+def test_every_piecewise_linear_op_is_split(name: str) -> None:
+    network = dense(2, (2, 5, 4, 3), *OPS["clamp"]) if name == "clamp" else maximum()
+    region, spec = ball(network, INF, 0.5), drawn(2, [0, 1, 2], 3)
+    if name == "pool":  # max(x, 1 − x) >= 1/2
+        region, spec = UNIT, Spec.functional(torch.ones(1, 1, 1))
+    by = 0.01 - plane_minimum(network, region, spec) if name == "clamp" else -0.49
+    found = search(network, region, shifted(spec, by))
     assert found.robust, found
 
 

@@ -19,7 +19,15 @@ import networks
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
-from exact_checks import check_verdict, deadline, dense, drawn, plane_minimum, shifted
+from exact_checks import (
+    check_intervals,
+    check_verdict,
+    deadline,
+    dense,
+    drawn,
+    plane_minimum,
+    shifted,
+)
 
 search: Any = import_module("calipers.exact.branch")  # the package's `branch` may be the function
 Search: Any = search.Search
@@ -31,12 +39,16 @@ BROKEN = [(2, ABS, -0.02), (5, LEAKY, -0.02), (6, ABS, -0.02), (6, RELU, -0.02),
 TIED = [(seed, RELU, -1e-9) for seed in (3, 7, 9)] + [(4, ABS, -1e-9), (7, LEAKY, -1e-9)]
 
 
+def box(network: Network, seed: int) -> Region:
+    return Region.ball(networks.inputs(network, 1, seed), 0.5, math.inf, 0.0, 1.0)
+
+
 @cache
 def cases() -> list[Case]:
     found = []
     for seed, op, by in BROKEN + TIED:
         network = dense(seed, (2, 5, 4, 3), *op)
-        region = Region.ball(networks.inputs(network, 1, seed), 0.5, math.inf, 0.0, 1.0)
+        region = box(network, seed)
         spec = drawn(seed, [0, 1, 1], 3)
         spec = shifted(spec, by - plane_minimum(network, region, spec))
         found.append((network, region, spec, plane_minimum(network, region, spec)))
@@ -49,7 +61,7 @@ def check(above: float = 0.0) -> None:
         if above:
             spec = shifted(spec, above - exact)
             exact = plane_minimum(network, region, spec)
-        found = search.branch(network, region, spec, deadline=deadline(1.0), period=1)
+        found = search.branch(network, region, spec, deadline=deadline(0.5), period=1)
         check_verdict(found, network, region, spec, exact)
 
 
@@ -122,7 +134,6 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "multipliers on the wrong side": (Search, "_children", wrong_side(Search._children)),
     "intervals on the wrong side": (Search, "_children", wrong_interval(Search._children)),
     "float32 trusted": (Search, "closed", without_rounding),
-    "intervals of float32": (Search, "refreshed", kept_from_float32(Search.refreshed)),
     "clauses mixed up": (search, "_members", all_in_one),
 }
 
@@ -147,3 +158,33 @@ def test_points_that_no_witness_confirms_are_caught(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(search, "witness", lambda *_: Yes)
     with pytest.raises(AssertionError, match="does not fail"):
         check(above=1e-9)
+
+
+def check_refreshed(monkeypatch: pytest.MonkeyPatch, refreshed: Any) -> None:
+    """Whatever intervals are computed again during a search hold the members' values in rational arithmetic."""
+    seen = []
+
+    def spied(self: Any, domains: Any) -> Any:
+        found = refreshed(self, domains)
+        if bool((found.fresh > 0).any()):
+            seen.append((self.network, self.region, self.sure, found))
+        return found
+
+    monkeypatch.setattr(Search, "refreshed", spied)
+    for seed in (3, 4, 7, 9):
+        network = dense(seed, (2, 5, 4, 3))
+        region, spec = box(network, seed), drawn(seed, [0, 1, 1], 3)
+        spec = shifted(spec, -1e-9 - plane_minimum(network, region, spec))
+        search.branch(network, region, spec, deadline=deadline(0.5), period=1)
+    assert seen
+    for case in seen:
+        check_intervals(*case)
+
+
+def test_intervals_computed_again_hold_every_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_refreshed(monkeypatch, Search.refreshed)
+
+
+def test_intervals_of_float32_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="outside its interval"):
+        check_refreshed(monkeypatch, kept_from_float32(Search.refreshed))
