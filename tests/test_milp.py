@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linprog
 from torch import Tensor
 
 import networks
@@ -27,6 +25,7 @@ from calipers.graph.graph import Network
 from calipers.programs import Limits, Program, apart
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
+from exact_checks import pattern_minimum
 from networks import ARCHITECTURES
 
 F64, INF = torch.float64, math.inf
@@ -53,42 +52,11 @@ def layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
     ]  # type: ignore[misc]
 
 
-def ball_rows(region: Region) -> tuple[np.ndarray, np.ndarray]:
-    """Σ |x_i − c_i| ≤ eps as one row per sign pattern; none for a box."""
-    n = region.center[0].numel()
-    if region.p != 1:
-        return np.zeros((0, n)), np.zeros(0)
-    signs = np.array(list(itertools.product([-1.0, 1.0], repeat=n)))
-    return signs, signs @ region.center[0].flatten().numpy() + region.outer_eps[0].item()
-
-
 def brute_force(network: Network, region: Region, C: np.ndarray) -> float:
-    """min over the region of max over the rows of C·output: one linear program for each pattern of all ReLUs."""
-    weights = layers(network)
-    n = region.center[0].numel()
-    signs, limits = ball_rows(region)
-    sides = [*zip(*(end[0].flatten().tolist() for end in region.hull()), strict=True), (None, None)]
-    best = INF
-    for pattern in itertools.product([0.0, 1.0], repeat=sum(len(b) for _, b in weights[:-1])):
-        A, c, rest = np.eye(n), np.zeros(n), np.array(pattern)
-        rows, ends = [signs], [limits]
-        for W, b in weights[:-1]:
-            A, c = W @ A, W @ c + b
-            on, rest = rest[: len(b)], rest[len(b) :]
-            flip = 1 - 2 * on[:, None]  # off: z ≤ 0, on: −z ≤ 0
-            rows.append(flip * A)
-            ends.append(-flip[:, 0] * c)
-            A, c = on[:, None] * A, on * c
-        W, b = weights[-1]
-        A, c = C @ W @ A, C @ (W @ c + b)
-        inside = np.concatenate(rows)
-        G = np.block(
-            [[inside, np.zeros((len(inside), 1))], [A, -np.ones((len(A), 1))]]
-        )  # t ≥ each row
-        found = linprog(np.append(np.zeros(n), 1.0), G, np.concatenate([*ends, -c]), bounds=sides)
-        if found.status == 0:
-            best = min(best, found.fun)
-    return best
+    """min over the region of max over the rows of C·output."""
+    rows = torch.from_numpy(C)[None]
+    one = torch.zeros(len(C), dtype=torch.long)
+    return pattern_minimum(network, region, Spec(rows, rows.new_zeros(1, len(C)), one))
 
 
 @pytest.mark.parametrize("p", [INF, 1.0])

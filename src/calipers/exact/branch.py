@@ -20,6 +20,7 @@ from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import functionals, neurons, tightener
 from calipers.bounds.slopes import ascended, tighten
 from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
 from calipers.exact.outcome import Outcome
 from calipers.graph.graph import Network
@@ -114,7 +115,8 @@ class Search:
         self.point: Tensor | None = None
 
     def outcome(self) -> Outcome:
-        return Outcome(self.lower, self.point, self.count, self.reason)
+        reason = "" if self.point is not None else self.reason
+        return Outcome(self.lower, self.point, self.count, reason)
 
     def run(self) -> None:
         open_, low = self.root()
@@ -358,7 +360,7 @@ class Search:
         x = self.region[index].maximizer(-rows.double()).to(self.network.dtype)
         failed = torch.nonzero(self.spec[index].violated(self.network(x))).flatten()
         for i in failed.tolist():
-            if bool(self.region.contains(x[i : i + 1])[0]):
+            if witness(self.network, self.region, self.spec, x[i : i + 1]).upper.item() <= 0:
                 self.point = x[i]
                 return
 
