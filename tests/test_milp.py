@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import time
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linprog
 from torch import Tensor
 
 import networks
@@ -28,6 +26,7 @@ from calipers.programs import Limits, Program, apart
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 from networks import ARCHITECTURES
+from patterns import exact_minimum, layers
 
 F64, INF = torch.float64, math.inf
 TIME = 120.0  # seconds: never reached, these are tiny
@@ -44,53 +43,6 @@ def setting(
     return Region.ball(x, eps, p, 0.0, 1.0), Spec.label(torch.tensor([label]), network.num_classes)
 
 
-def layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
-    module: Any = network.module
-    return [
-        tuple(getattr(module, a.name).detach().double().numpy() for a in node.args[1:3])
-        for node in network.graph.nodes
-        if node.op is F.linear
-    ]  # type: ignore[misc]
-
-
-def ball_rows(region: Region) -> tuple[np.ndarray, np.ndarray]:
-    """Σ |x_i − c_i| ≤ eps as one row per sign pattern; none for a box."""
-    n = region.center[0].numel()
-    if region.p != 1:
-        return np.zeros((0, n)), np.zeros(0)
-    signs = np.array(list(itertools.product([-1.0, 1.0], repeat=n)))
-    return signs, signs @ region.center[0].flatten().numpy() + region.outer_eps[0].item()
-
-
-def brute_force(network: Network, region: Region, C: np.ndarray) -> float:
-    """min over the region of max over the rows of C·output: one linear program for each pattern of all ReLUs."""
-    weights = layers(network)
-    n = region.center[0].numel()
-    signs, limits = ball_rows(region)
-    sides = [*zip(*(end[0].flatten().tolist() for end in region.hull()), strict=True), (None, None)]
-    best = INF
-    for pattern in itertools.product([0.0, 1.0], repeat=sum(len(b) for _, b in weights[:-1])):
-        A, c, rest = np.eye(n), np.zeros(n), np.array(pattern)
-        rows, ends = [signs], [limits]
-        for W, b in weights[:-1]:
-            A, c = W @ A, W @ c + b
-            on, rest = rest[: len(b)], rest[len(b) :]
-            flip = 1 - 2 * on[:, None]  # off: z ≤ 0, on: −z ≤ 0
-            rows.append(flip * A)
-            ends.append(-flip[:, 0] * c)
-            A, c = on[:, None] * A, on * c
-        W, b = weights[-1]
-        A, c = C @ W @ A, C @ (W @ c + b)
-        inside = np.concatenate(rows)
-        G = np.block(
-            [[inside, np.zeros((len(inside), 1))], [A, -np.ones((len(A), 1))]]
-        )  # t ≥ each row
-        found = linprog(np.append(np.zeros(n), 1.0), G, np.concatenate([*ends, -c]), bounds=sides)
-        if found.status == 0:
-            best = min(best, found.fun)
-    return best
-
-
 @pytest.mark.parametrize("p", [INF, 1.0])
 @pytest.mark.parametrize("seed", range(2))
 def test_optima_are_the_minima_over_all_activation_patterns(seed: int, p: float) -> None:
@@ -100,7 +52,7 @@ def test_optima_are_the_minima_over_all_activation_patterns(seed: int, p: float)
     bounds = lp(network, region, spec, dtype=F64)[0].tolist()
     for o, row, low in zip(found, spec.C[0].double().numpy(), bounds, strict=True):
         assert o.status == "optimal"
-        assert o.upper == pytest.approx(brute_force(network, region, row[None]), abs=1e-6)
+        assert o.upper == pytest.approx(exact_minimum(network, region, row[None]), abs=1e-6)
         assert o.lower == pytest.approx(o.upper, abs=1e-6)
         assert o.replayed
         assert low <= o.upper + 1e-6  # exact in LP
@@ -156,7 +108,7 @@ def test_verdicts_on_general_specifications(clause: list[int], seed: int) -> Non
     C = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
     rows = C.double().numpy()
     exact = min(
-        brute_force(network, region, rows[[i for i, k in enumerate(clause) if k == c]])
+        exact_minimum(network, region, rows[[i for i, k in enumerate(clause) if k == c]])
         for c in set(clause)
     )
     robust = milp(network, region, clauses(C, clause, 1e-3 - exact), deadline=deadline())
@@ -178,7 +130,7 @@ def test_reachable_classes_are_those_of_brute_force() -> None:
     region, spec = setting(network, eps=0.25, label=label)
     found = certify(network, region, label, deadline=deadline())
     rivals = [j for j in range(4) if j != label]
-    margins = [brute_force(network, region, row[None]) for row in spec.C[0].double().numpy()]
+    margins = [exact_minimum(network, region, row[None]) for row in spec.C[0].double().numpy()]
     assert found.reachable == tuple(j for j, m in zip(rivals, margins, strict=True) if m <= 0)
     assert found.excluded == tuple(j for j, m in zip(rivals, margins, strict=True) if m > 0)
     assert not found.undecided
@@ -229,8 +181,8 @@ def test_exact_intervals_are_inside_crown_s_and_are_attained() -> None:
     front(F.linear, h, torch.from_numpy(W), torch.from_numpy(b))
     part = front.network(F64)
     for i in range(len(b)):
-        low = brute_force(part, region, np.eye(len(b))[i : i + 1])
-        high = -brute_force(part, region, -np.eye(len(b))[i : i + 1])
+        low = exact_minimum(part, region, np.eye(len(b))[i : i + 1])
+        high = -exact_minimum(part, region, -np.eye(len(b))[i : i + 1])
         stable = wide[second].lower[0, i] >= 0 or wide[second].upper[0, i] <= 0
         found = (exact[second].lower[0, i].item(), exact[second].upper[0, i].item())
         assert found[0] <= low + 1e-9

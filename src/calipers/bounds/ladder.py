@@ -25,6 +25,7 @@ from calipers.bounds.state import (
     check_spec,
     flat,
     joined,
+    stacked,
     start,
     working_dtype,
 )
@@ -36,6 +37,7 @@ from calipers.spec import Spec
 
 Statistics = Mapping[str, Tensor]
 Run = Callable[[State, Spec], Tensor]
+INTERMEDIATE = {"interval": False, "crown": True}  # name -> whether `preactivations` is to be tight
 
 
 def interval(
@@ -136,12 +138,7 @@ def preactivations(
         memory=memory,
         least=row_bytes(network, chosen),
     )
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        name: Interval(*(torch.cat(ends) for ends in zip(*(p[name] for p in parts), strict=True)))
-        for name in parts[0]
-    }
+    return {name: stacked([p[name] for p in parts]) for name in parts[0]}
 
 
 def neurons(network: Network) -> int:
@@ -352,9 +349,7 @@ def refine(
         lows.append(pair[0])
         highs.append(pair[1])
     shape = state.boxes[name].lower.shape
-    state.off_centre.add(name)
-    state.change(name)
-    state.boxes[name] = Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs)))
+    state.replace(name, Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs))))
 
 
 def _halved(cut: slice) -> slice:

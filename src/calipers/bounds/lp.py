@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calipers.bounds.encode import Encoding, encode, prepare, replace_box
+from calipers.bounds.encode import Encoding, encode, prepare
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import Statistics, crown, undecided
 from calipers.bounds.sparse import Array
-from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.bounds.state import State, check_spec, stacked, start, working_dtype
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Affine
 from calipers.programs import Program, Solution, dual_value, solver
@@ -240,10 +240,7 @@ def lp_preactivations(
     options: dict[str, Any] = {"rigorous": rigorous, "memory": memory, "statistics": statistics}
     each = [region[i : i + 1] for i in range(len(region))]
     parts = [tightened(network, one, _by_relaxation, **options) for one in each]
-    return {
-        name: Interval(*(torch.cat(ends) for ends in zip(*(p[name] for p in parts), strict=True)))
-        for name in parts[0]
-    }
+    return {name: stacked([p[name] for p in parts]) for name in parts[0]}
 
 
 def _by_relaxation(state: State, name: str, unit_rows: Array) -> Any:
@@ -277,19 +274,17 @@ def tightened(
             if isinstance(kind, Affine) or name not in network.graph.active or name in done:
                 continue
             done.add(name)
-            low, high = (torch.maximum, torch.minimum)
-            box = Interval(
-                *(
-                    f(a, b)
-                    for f, a, b in zip((low, high), state.boxes[name], known[name], strict=True)
-                )
+            own, other = state.boxes[name], known[name]
+            lower, upper = (
+                torch.maximum(own.lower, other.lower),
+                torch.minimum(own.upper, other.upper),
             )
-            replace_box(state, name, box)
+            box = Interval(lower, upper)
+            state.replace(name, box)
             wanted = np.flatnonzero(undecided(state, node, kind, name)[0].numpy())
             if len(wanted):
-                replace_box(
-                    state, name, _narrowed(box, wanted, minimum(state, name, _sides(wanted, box)))
-                )
+                found = minimum(state, name, _sides(wanted, box))
+                state.replace(name, _narrowed(box, wanted, found))
 
     propagate(state, tighten=tighten)
     return state.boxes
