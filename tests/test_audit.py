@@ -61,7 +61,9 @@ def test_the_built_in_network_is_bracketed(result):
 
 def test_each_stage_sees_only_what_is_open(result):
     open_rows = len(result)
-    for row in result.methods:
+    *stages, complete = result.methods
+    assert complete.note == "not tried: needs a time limit"
+    for row in stages:
         assert row.tried == open_rows
         open_rows -= row.decided
     assert open_rows == result.unknown
@@ -240,7 +242,7 @@ def test_ctrl_c_keeps_what_is_done(network):
 
     out = audit(network, digits(), THREAT, progress=progress)
     assert out.stopped == "interrupted"
-    assert [r.note for r in out.methods] == ["", "", "interrupted"] + ["not reached"] * 4
+    assert [r.note for r in out.methods] == ["", "", "interrupted"] + ["not reached"] * 5
     assert out.methods[2].tried == 1
     assert out.clean_accuracy > out.empirical
     assert out.cut.sum() == out.unknown

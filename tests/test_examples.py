@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RESULTS = {
     "01_attack.py": r"accuracy under FGSM \d+%, under PGD with restarts \d+%",
     "02_bound.py": r"digits_pgd +0\.03 +crown +\d+%",
@@ -55,8 +56,30 @@ def test_an_example_is_short_and_runs(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_code_runs(tmp_path: Path) -> None:
-    """All its Python blocks, in order, as one program in an empty folder."""
-    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    """All its Python blocks, in order, as one program in an empty folder; then the commands about what that wrote."""
+    readme = (ROOT / "README.md").read_text()
     script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks))
+    script.write_text("\n".join(BLOCK.findall(readme)))
     python(str(script), folder=tmp_path)
+    section = readme.partition("## Verify a property")[2]
+    program = tmp_path / "calipers"
+    program.write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "from calipers.cli import main; main()" "$@"\n'
+    )
+    program.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-e", "-c", SHELL.findall(section)[0]],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["unsat", "sat"]
+    assert re.search(r"\S+ +2 +1 +1 +0 +0 +0", done.stdout)
+    written = {p.name for p in tmp_path.iterdir()}
+    assert {"answer.json", "results.csv", "cactus.svg", "scripts"} < written

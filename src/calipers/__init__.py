@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from calipers.api import attack as attack
     from calipers.api import bound as bound
+    from calipers.api import verify as verify
     from calipers.attacks import ATTACKS as ATTACKS
     from calipers.attacks import apgd as apgd
     from calipers.attacks import auto as auto
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
     from calipers.bracket import Evidence as Evidence
     from calipers.bracket import Verdict as Verdict
     from calipers.bracket import witness as witness
-    from calipers.evaluate import audit as audit
-    from calipers.evaluate import explain as explain
+    from calipers.evaluate.audit import audit as audit
+    from calipers.evaluate.explain import explain as explain
+    from calipers.evaluate.verify import decide as decide
     from calipers.exact import certify as certify
     from calipers.exact import milp as milp
     from calipers.graph.capture import capture as capture
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "attack": "calipers.api",
     "bound": "calipers.api",
+    "verify": "calipers.api",
     "ATTACKS": "calipers.attacks",
     "apgd": "calipers.attacks",
     "auto": "calipers.attacks",
@@ -96,6 +99,7 @@ _WHERE = {
     "Verdict": "calipers.bracket",
     "witness": "calipers.bracket",
     "audit": "calipers.evaluate",
+    "decide": "calipers.evaluate",
     "explain": "calipers.evaluate",
     "certify": "calipers.exact",
     "milp": "calipers.exact",

@@ -1,4 +1,4 @@
-"""The two one-line calls: labels in, points or certified margins out."""
+"""The one-line calls: labels in, points, certified margins or brackets out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calipers.attacks import search
 from calipers.bounds import crown
-from calipers.bracket import require_eval
+from calipers.bracket import Bracket, require_eval
 from calipers.errors import DataError, ModelError
 from calipers.graph.graph import Network
 from calipers.seeds import seeds as seeds_of
@@ -83,3 +83,42 @@ def bound(
         return method(
             network, threat.around(x), spec, dtype=torch.float64, rigorous=True, memory=memory
         )
+
+
+def verify(
+    network: Network,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    seconds: float = 30.0,
+    seed: int = 0,
+    memory: int | None = None,
+) -> Bracket:
+    """A bracket of each example's minimal margin, decided as far as the time suffices; ``verdict()`` names the rows.
+
+    The audit's stages, cheapest first, then complete search with an equal share of the time left for each example that
+    is still open, the most promising first.
+
+    Sound: lower ends hold in real arithmetic on the stored parameters; upper ends <= 0 have a witness that was replayed
+    in float64 and, where the network can be written as ONNX, in onnxruntime.
+
+    Args:
+        seconds: for all examples together.
+
+    Raises:
+        DataError, ModelError, ValueError: as `attack`; evaluations of the network that differ.
+        SoundnessError: two methods contradict each other.
+    """
+    from calipers.evaluate.brackets import brackets
+
+    if not isinstance(network, Network):
+        raise DataError(
+            f"network: a captured network is needed, not {type(network).__name__}; "
+            "call calipers.capture(model, example) first"
+        )
+    if len(y) != len(x):
+        raise ValueError(f"y: {len(y)} labels for {len(x)} examples")
+    if not seconds > 0:
+        raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
+    return brackets(network, x, y, threat, seconds=seconds, seed=seed, memory=memory)

@@ -7,6 +7,7 @@ CalipersError
 ├── ModelError          a model is not what the method needs (NaN weights, softmax outputs, ...)
 ├── DataError           data are missing, malformed or do not fit the model
 ├── SpecError           a specification is malformed
+│   └── NoInputs        no input satisfies what a query says about inputs, so it has no counterexample
 ├── RegionError         a region is empty, malformed, or lacks an operation
 ├── SoundnessError      two methods contradict each other: a bug, never a property of the model
 ├── SolverError         an external solver failed
@@ -58,6 +59,10 @@ class DataError(CalipersError):
 
 class SpecError(CalipersError):
     """A specification is malformed."""
+
+
+class NoInputs(SpecError):
+    """No input satisfies the bounds of a query: nothing can break it."""
 
 
 class RegionError(CalipersError):

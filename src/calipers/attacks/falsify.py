@@ -44,6 +44,7 @@ def falsify(
     suggest: Callable[[], Iterable[Suggestion]] = tuple,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    pace: float | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of points (R, *x), each with the row of ``region`` it is a member of, until time is up.
 
@@ -51,6 +52,8 @@ def falsify(
 
     Args:
         suggest: called once, after the first round of descents; its points are tried, then descended from.
+        pace: seconds that the model takes for a point, by which batches are sized; measured if None. Given, it makes
+            the points independent of the machine.
 
     Raises:
         RegionError: the region is unbounded, so that there is no uniform draw.
@@ -69,13 +72,13 @@ def falsify(
         points = (low[rows] + unit * (high - low)[rows]).clamp(low[rows], high[rows])
         return (points if math.isinf(region.p) else region[rows].project(points)), rows
 
-    pace = 0.0
+    given, pace = pace, pace or 0.0
     for count in FIRST:
         points, rows = draw(count)
         begin = time.perf_counter()
         with torch.no_grad():
             model(points)
-        pace = (time.perf_counter() - begin) / count
+        pace = given or (time.perf_counter() - begin) / count
         yield points, rows
         if pace * count > 0.02:
             break

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from calipers.bounds.forward import forward as forward
 from calipers.bounds.ladder import crown as crown
 from calipers.bounds.ladder import crown_ibp as crown_ibp
 from calipers.bounds.ladder import interval as interval
@@ -20,6 +21,7 @@ from calipers.bounds.slopes import dual as dual
 
 BOUNDS: dict[str, Callable[..., Tensor]] = {
     "interval": interval,
+    "forward": forward,
     "crown_ibp": crown_ibp,
     "dual": dual,
     "crown": crown,
@@ -28,6 +30,7 @@ BOUNDS: dict[str, Callable[..., Tensor]] = {
 }
 
 BELOW = {
+    "forward": "interval",
     "crown_ibp": "interval",
     "dual": "interval",
     "crown": "crown_ibp",

@@ -265,10 +265,13 @@ def parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, sl
         first = last
 
 
-def tightener(state: State, *, raw: bool = False) -> Callable[[State, Node], None]:
+def tightener(
+    state: State, *, raw: bool = False, most: int | None = None
+) -> Callable[[State, Node], None]:
     """Improve, before a nonlinear node reads them, the intervals of its operands' elements that matter.
 
-    With ``raw`` every element's interval is replaced by what the backward pass alone gives.
+    With ``raw`` every element's interval is replaced by what the backward pass alone gives; a value of which more than
+    ``most`` elements matter in an example is left as it is.
     """
     status = exactness(state)
     box = math.isinf(state.region.p)
@@ -285,6 +288,8 @@ def tightener(state: State, *, raw: bool = False) -> Callable[[State, Node], Non
             if box and status[name] != "loose":
                 continue
             mask = undecided(state, node, kind, name)
+            if most is not None and int(mask.sum(1).max()) > most:
+                continue
             refine(state, name, torch.ones_like(mask) if raw else mask, meet=not raw)
 
     return tighten

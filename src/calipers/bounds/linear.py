@@ -74,15 +74,23 @@ def lower_bounds(
     return totals
 
 
-def at_the_input(state: State, name: str, A: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:
-    """Rows ``A`` (S, B, *shape) of a value pulled back to the input, and their `lower_bounds`."""
+def linear_bounds(
+    state: State, name: str, A: Tensor, chosen: Chosen | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows G (S, B, *x) and offsets b (S, B) with A·(h − z) ≥ G·(x − z_x) + b on the region, for rows ``A`` of the
+    value ``name``; the rounding of all but the product with G is subtracted in b."""
     pull = _Pull(state, name, chosen)
     pull.rows[name] = A
     pull.walk()
     (source,) = state.network.graph.inputs
-    rows = pull.rows[source]
-    dense = patches.dense(rows, state.shape(source)) if isinstance(rows, Patch) else rows
-    return dense, pull.total()
+    rows = _dense(pull.rows[source], state.shape(source))
+    return rows, rows.new_zeros(rows.shape[:2]) if pull.bias is None else pull.bias
+
+
+def at_the_input(state: State, name: str, A: Tensor, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Rows ``A`` (S, B, *shape) of a value pulled back to the input, and their `lower_bounds`."""
+    rows, bias = linear_bounds(state, name, A, chosen)
+    return rows, concretise(state, state.network.graph.inputs[0], rows) + bias
 
 
 def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = None) -> Interval:
@@ -522,6 +530,8 @@ def _dense_linear_before(state: State, node: Node, rows: int) -> Node | None:
         return None
     before = state.network.graph.node.get(node.operands[0])
     if before is None or before.op is not F.linear or torch.is_grad_enabled():
+        return None
+    if state.arguments(before)[0][1].layout != torch.strided:
         return None
     return before if len(state.shape(before.operands[0])) == 1 else None
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import operator
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.errors import UnsupportedOp
@@ -158,6 +160,16 @@ class State:
             raise TimeoutError("the deadline passed while bounds were computed")
         spend(rows / len(self.facts.steps))
 
+    def over(self, region: Region) -> State:
+        """A computation over other regions, with the parameters as they are bound and the same deadline."""
+        active = self.network.graph.active
+        env = {k: v for k, v in self.env.items() if k not in active}
+        state = _placed(
+            self.network, region, self.facts, env, self.dtype, self.rigorous, self.memory
+        )
+        state.deadline = self.deadline
+        return state
+
     def part(self, span: slice | Tensor) -> State:
         """The same computation for some of the examples: of a slice views, not copies."""
         active = self.network.graph.active
@@ -259,13 +271,40 @@ def start(
     _require_eval(graph, env)
     if rigorous:
         require_ieee(working, region.center.device)
-    frame = region.frame(working)
-    state = State(network, region, known, env, frame, rigorous, memory or DEFAULT_MEMORY)
-    state.boxes[graph.inputs[0]] = frame.hull
-    env[graph.inputs[0]] = _center(frame)
     for node in known.fixed:
-        args, kwargs = state.arguments(node)
-        env[node.name] = node.op(*args, **kwargs)
+        kwargs = {k: resolve(v, env) for k, v in node.kwargs.items()}
+        env[node.name] = node.op(*node.fill(env), **kwargs)
+    return _placed(network, region, known, env, working, rigorous, memory or DEFAULT_MEMORY)
+
+
+def _placed(
+    network: Network,
+    region: Region,
+    known: Facts,
+    env: dict[str, Any],
+    dtype: torch.dtype,
+    rigorous: bool,
+    memory: int,
+) -> State:
+    frame, name = region.frame(dtype), network.graph.inputs[0]
+    env[name] = _center(frame)
+    state = State(network, region, known, env, frame, rigorous, memory)
+    state.boxes[name] = frame.hull
+    return state
+
+
+def with_sparse_weights(state: State, *, size: int = 1 << 14, share: float = 0.05) -> State:
+    """The same computation with large, mostly zero weights of linear layers stored sparsely; sums lose only zeros."""
+    for step in state.facts.steps:
+        if step.node.op is not F.linear:
+            continue
+        name = step.node.operands[1]
+        weight = state.env[name]
+        large = weight.numel() >= size and weight.layout == torch.strided
+        if large and int(weight.count_nonzero()) <= share * weight.numel():
+            with warnings.catch_warnings():  # that the layout is in beta state
+                warnings.simplefilter("ignore", UserWarning)
+                state.env[name] = weight.to_sparse_csr()
     return state
 
 

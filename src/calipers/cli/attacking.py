@@ -16,14 +16,8 @@ from torch import Tensor
 from calipers.attacks import ATTACKS
 from calipers.attacks.diagnostics import diagnose as find
 from calipers.attacks.diagnostics import lines
-from calipers.cli.commands import (
-    Subject,
-    console,
-    progress_bar,
-    seconds_of,
-    shape_of,
-    writable,
-)
+from calipers.cli.commands import Subject, console, progress_bar
+from calipers.cli.options import seconds_of, shape_of, writable
 from calipers.data import Data, load
 from calipers.errors import SpecError, StoreMismatch, unknown_name
 from calipers.evaluate.attack_tables import replay_table, transfer_table

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect as python_inspect
 import json
 import math
-import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +20,14 @@ from rich.text import Text
 
 from calipers.attacks import ATTACKS, LEVELS
 from calipers.bounds import BOUNDS
+from calipers.cli.options import seconds_of, shape_of, writable
 from calipers.data import Data, load, load_mask
-from calipers.errors import ModelError, unknown_name
+from calipers.errors import unknown_name
 from calipers.evaluate import audit as run_audit
 from calipers.evaluate import explain as run_explain
-from calipers.evaluate.audit import bytes_of
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
+from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.store import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
@@ -37,7 +36,6 @@ from calipers.zoo import ZOO
 
 DEFAULT_MODEL = "digits_pgd"
 NORMS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
-UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True)
@@ -122,14 +120,6 @@ def audit(
     return result.stopped == "interrupted"
 
 
-def writable(option: str, file: Path) -> None:
-    """Refuse an output that cannot be written before the work, not after it."""
-    if not file.parent.is_dir():
-        raise ValueError(f"{option}: the folder {file.parent} does not exist")
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ValueError(f"{option}: {file} is a folder, or its folder cannot be written to")
-
-
 def explain(subject: Subject, *, index: int, seed: int) -> None:
     network, data, threat = subject.load()
     console().print(run_explain(network, data, threat, index=index, seed=seed).table())
@@ -185,37 +175,6 @@ def methods() -> None:
 
 def _summary(method: Callable[..., Any]) -> str:
     return (python_inspect.getdoc(method) or "").split("\n")[0]
-
-
-def seconds_of(text: str, option: str = "--budget") -> float:
-    """``90``, ``90s``, ``10m`` or ``1.5h`` in seconds.
-
-    Raises:
-        ValueError: anything else, or zero.
-    """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh]?)", text.strip())
-    if not found or not float(found[1]):
-        raise ValueError(f"{option}: cannot read {text!r}; write a time such as 90s, 10m or 1.5h")
-    return float(found[1]) * UNITS[found[2]]
-
-
-def shape_of(text: str | None) -> tuple[int, ...] | None:
-    """``1,28,28`` as a tuple.
-
-    Raises:
-        ModelError: not positive integers, or more numbers than memory would hold.
-    """
-    if text is None:
-        return None
-    parts = re.split(r"[,x]", text.strip())
-    if not all(re.fullmatch(r"[1-9]\d{0,8}", p.strip()) for p in parts) or not parts:
-        raise ModelError(f"--input-shape: cannot read {text!r}; write positive numbers, as 1,28,28")
-    shape = tuple(map(int, parts))
-    if math.prod(shape) > 2**28:
-        raise ModelError(
-            f"--input-shape: {text} has {math.prod(shape):,} numbers; at most {2**28:,}"
-        )
-    return shape
 
 
 def console() -> Console:

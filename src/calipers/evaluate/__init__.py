@@ -1,4 +1,4 @@
-"""Measuring a network: audits and their reports; attacks alone, with witnesses, replays and transfer."""
+"""Measuring a network: audits and their reports; queries decided; attacks alone, with witnesses, replay, transfer."""
 
 from calipers.evaluate.audit import audit as audit
 from calipers.evaluate.empirical import Empirical as Empirical
@@ -10,6 +10,8 @@ from calipers.evaluate.replay import replay_assignment as replay_assignment
 from calipers.evaluate.result import Audit as Audit
 from calipers.evaluate.transfer import Transfer as Transfer
 from calipers.evaluate.transfer import transfer as transfer
+from calipers.evaluate.verify import Decision as Decision
+from calipers.evaluate.verify import decide as decide
 from calipers.evaluate.witnesses import Witnesses as Witnesses
 from calipers.evaluate.witnesses import load_witnesses as load_witnesses
 from calipers.evaluate.witnesses import save_witnesses as save_witnesses

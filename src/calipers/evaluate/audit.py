@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
+from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.result import Audit
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
@@ -148,24 +148,6 @@ def as_data(data: Data | tuple[Tensor, Tensor]) -> Data:
     if isinstance(data, Data):
         return data
     return checked(*data, name="data", lower=-math.inf, upper=math.inf)
-
-
-def bytes_of(memory: int | str) -> int:
-    """A number of bytes, or text such as ``2GB``, ``500MB`` or ``1.5GiB``.
-
-    Raises:
-        ValueError: anything else, or less than a byte.
-    """
-    found = re.fullmatch(
-        r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(I?))?B?", str(memory).strip().upper()
-    )
-    size = 0
-    if found:
-        number, prefix, binary = found.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
-    if size < 1:
-        raise ValueError(f"memory: {memory!r} is no size; give bytes, or text such as 500MB or 2GB")
-    return size
 
 
 def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:

@@ -6,6 +6,7 @@ bounds on what is not broken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,12 @@ from calipers.attacks import auto, fgsm, pgd
 from calipers.bounds import crown, crown_ibp, interval
 from calipers.bounds.ladder import neurons
 from calipers.errors import unknown_name
+from calipers.evaluate.solvers import complete
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
 
-Side = Literal["attack", "bound"]
+Side = Literal["attack", "bound", "exact"]
 LARGE = 4000  # rows of a full CROWN pass from which on float32 pays
 
 
@@ -33,14 +35,15 @@ class Stage:
     Args:
         side: ``attack`` (``method(model, region, spec, *, dtype, seeds)`` returns points) or ``bound``
             (``method(network, region, spec, *, dtype, rigorous)`` returns lower bounds of the functionals; it also gets
-            ``memory=`` where the audit has such a limit).
+            ``memory=`` where the audit has such a limit); or ``exact``, one example at a time until the deadline
+            (``method(network, region, spec, *, deadline, memory, accept)`` returns a `Complete`).
         cost: passes of the network per example, roughly; it only orders the stages.
         dtype: a bound's working precision. Its rounding is subtracted either way, so both are proofs.
     """
 
     name: str
     side: Side
-    method: Callable[..., Tensor]
+    method: Callable[..., Any]
     cost: float = 1.0
     dtype: torch.dtype = torch.float64
 
@@ -75,7 +78,8 @@ def clean(
 
 
 def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
-    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN and the attack cascade, by rising cost for ``network``.
+    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN and the attack cascade, by rising cost for ``network``; then
+    complete search, which needs a time limit.
 
     CROWN pulls back two rows per neuron, so on a large network it comes last, and works in float32, where it takes half
     the time and memory and the rounding that it subtracts is still small beside the margins.
@@ -96,6 +100,7 @@ def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
             torch.float32 if rows > LARGE else torch.float64,
         ),
         Stage("auto", "attack", auto, 600),
+        Stage("complete", "exact", complete, math.inf),
     )
     return tuple(sorted(stages, key=lambda stage: stage.cost))
 

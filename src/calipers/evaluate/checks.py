@@ -89,7 +89,7 @@ def check(
         "captured graph": _graph_forward(network),
         **(replicas or {}),
     }
-    differences = {name: _difference(name, f, x, logits) for name, f in forwards.items()}
+    differences = {name: agreement(name, f, x, logits) for name, f in forwards.items()}
     return Checks(logits, differences, notes)
 
 
@@ -245,7 +245,7 @@ def _graph_forward(network: Network) -> Callable[[Tensor], Tensor]:
     return lambda x: evaluate(network.graph, env, x)
 
 
-def _difference(name: str, forward: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> float:
+def agreement(name: str, forward: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> float:
     """The largest difference between ``forward`` and the module's ``logits``.
 
     Raises:

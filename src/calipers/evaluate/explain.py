@@ -84,7 +84,8 @@ def explain(
         checks = check(network, x, y, threat, allow_softmax=True)
         job = Job(network, x, y, threat, seed)
         values, bracket = [], Bracket.unknown(1)
-        for stage in default_cascade(network) if cascade is None else cascade:
+        stages = default_cascade(network) if cascade is None else cascade
+        for stage in (s for s in stages if s.side != "exact"):
             value, part = _value(job, stage)
             values.append(value)
             bracket = bracket.meet(part)

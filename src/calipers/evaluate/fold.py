@@ -25,7 +25,9 @@ from calipers.bounds.planner import out_of_memory
 from calipers.bracket import Bracket, Evidence, Model, Verdict, witness
 from calipers.errors import UnsupportedOp
 from calipers.evaluate.cascade import Stage
+from calipers.evaluate.limits import TimeIsUp, alarm
 from calipers.evaluate.result import Row
+from calipers.evaluate.solvers import harder
 from calipers.evaluate.store import Store
 from calipers.graph.graph import Network
 from calipers.seeds import seeds as example_seeds
@@ -117,7 +119,11 @@ def fold(
 
 
 class _Run:
-    """One stage over the rows ``todo``: stored units first, then batch by batch."""
+    """One stage over the rows ``todo``: stored units first, then batch by batch.
+
+    Complete searches take one example at a time, the most promising first. What they leave undecided is not stored, so
+    that another call goes on with it.
+    """
 
     def __init__(
         self, job: Job, stage: Stage, store: Store | None, bracket: Bracket, todo: Tensor
@@ -129,15 +135,19 @@ class _Run:
         self.note = ""
         self.stopped: str | None = None
         self.robust = self.vulnerable = 0
+        self.until = math.inf  # of the search in progress
 
     def result(self) -> tuple[Bracket, Row, Tensor]:
         """The bracket met with this stage, its row, and the rows it did not get to."""
+        search = self.stage.side == "exact"
         try:
             self._restore()
-            for rows in self._batches():
+            for rows in self._searches() if search else self._batches():
                 self._measure(rows)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
+        except TimeIsUp:
+            self.stopped = "time"
         except UnsupportedOp as error:
             self.note = f"skipped: {error}"
         except (MemoryError, RuntimeError) as error:
@@ -159,7 +169,7 @@ class _Run:
             stored=self.stored,
             work=self.work,
         )  # fmt: skip
-        return bracket, row, self.todo[~torch.isin(self.todo, tried)]
+        return bracket, row, self.todo[~torch.isin(self.todo, tried) | torch.tensor(search)]
 
     def _restore(self) -> None:
         found = self.store.get(self.stage.name, self.job.x[0]) if self.store else None
@@ -188,15 +198,38 @@ class _Run:
             fits = int(min(SLICE, max(remaining, 0.0) / 2) / max(rate, 1e-9))
             size = max(1, min(largest, 8 * size, fits))
 
+    def _searches(self) -> Iterator[Tensor]:
+        """The rows left one by one, the largest lower bound first, each with an equal share of the time left."""
+        if math.isinf(self.job.deadline):
+            self.note = "not tried: needs a time limit"
+            return
+        restored = self.done[0][0] if self.done else self.todo[:0]
+        left = self.todo[~torch.isin(self.todo, restored)]
+        left = left[self.before.lower[left].argsort(descending=True, stable=True)]
+        for place in range(len(left)):
+            now = time.perf_counter()
+            if self.job.pressed() or now >= self.job.deadline:
+                self.stopped = "interrupted" if self.job.pressed() else "time"
+                return
+            self.until = now + (self.job.deadline - now) / (len(left) - place)
+            yield left[place : place + 1]
+
     def _measure(self, rows: Tensor) -> None:
         begin = time.perf_counter()
-        with counting() as work:
-            part = measure(self.job, self.stage, rows.to(self.job.x.device))
+        place = rows.to(self.job.x.device)
+        with counting() as work, alarm(self.job.deadline):
+            if self.stage.side == "exact":
+                part = search(self.job, self.stage, place, self.until)
+            else:
+                part = measure(self.job, self.stage, place)
         took = time.perf_counter() - begin
         share = Evidence(self.stage.name, took / len(rows), work.passes / len(rows))
         evidence = (share,) * len(rows)
         part = replace(part, lower_evidence=evidence, upper_evidence=evidence)
-        if self.store:
+        if self.stage.side == "exact" and bool(_unknown(part).any()):
+            late = time.perf_counter() >= self.job.deadline
+            self.stopped = self.stopped or ("time" if late else None)
+        elif self.store:
             self.store.add(self.stage.name, rows.tolist(), part, took, work.passes)
         self.done.append((rows, part))
         self.seconds += took
@@ -251,6 +284,31 @@ def measure(job: Job, stage: Stage, rows: Tensor) -> Bracket:
     model = counted(job.network)
     points = stage.method(model, region, spec, dtype=x.dtype, seeds=seeds)
     return witness(model, region, spec, points, replicas=job.replicas)
+
+
+def search(job: Job, stage: Stage, rows: Tensor, until: float) -> Bracket:
+    """What a complete search says about one example: a proof, or a point that `witness` judges."""
+    x = job.x[rows]
+    region, spec = job.threat.around(x), Spec.label(job.y[rows], job.network.num_classes)
+    asked = spec
+    if job.deployed:
+        radius = deviation(job.network, region, spec, dtype=x.dtype, memory=job.memory)
+        if not bool(torch.isfinite(radius).all()):
+            return Bracket.unknown(1)
+        asked = harder(spec, radius)
+    bracket = Bracket.unknown(1)
+
+    def accept(point: Tensor) -> bool:
+        nonlocal bracket
+        judged = witness(job.network, region, spec, point.to(x), replicas=job.replicas)
+        bracket = bracket.meet(judged)
+        return bool((judged.upper <= 0).all())
+
+    found = stage.method(
+        job.network, region, asked, deadline=until, memory=job.memory, accept=accept
+    )
+    lower = torch.tensor([found.outcome.lower], dtype=torch.float64)
+    return bracket.meet(Bracket.from_bound(lower, Evidence(found.method or stage.name)))
 
 
 def _join(parts: Sequence[Bracket]) -> Bracket:

@@ -173,6 +173,39 @@ def _axis(
     return _scale(np.array([low, high]), first, last), ticks
 
 
+COLORS = ("#005ab5", "#d55e00", "#333333", "#228833", "#aa3377", "#66ccee")
+FASTEST = 1e-2  # seconds; what is faster is drawn there
+
+
+def cactus(series: Mapping[str, Sequence[float]]) -> str:
+    """How many instances each tool solves within which time, on a logarithmic scale: further right and lower is better.
+
+    Args:
+        series: seconds of the solved instances, by tool.
+
+    Raises:
+        ValueError: no tool, or none of them solved anything.
+    """
+    curves = {name: np.sort(np.maximum(seconds, FASTEST)) for name, seconds in series.items()}
+    if not any(len(c) for c in curves.values()):
+        raise ValueError("series: nothing was solved, so there is nothing to draw")
+    seconds = np.concatenate([np.array([FASTEST]), *curves.values()])
+    count = max(len(c) for c in curves.values())
+    x = _scale(np.array([0.0, count]), LEFT, WIDTH - GAP)
+    y = _scale(np.log10(seconds), HEIGHT - BOTTOM, GAP)
+    out = []
+    for place, (name, curve) in enumerate(curves.items()):
+        color = COLORS[place % len(COLORS)]
+        points = " ".join(
+            f"{x(i + 1):.1f},{y(float(np.log10(t))):.1f}" for i, t in enumerate(curve)
+        )
+        out.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>')
+        row = GAP + 12 + 16 * place
+        out.append(f'<path stroke="{color}" stroke-width="2" d="M{LEFT + 10} {row - 4}h18"/>')
+        out.append(_text(LEFT + 34, row, f"{name}: {len(curve)}", "start"))
+    return _framed(out, seconds, f"instances solved, of at most {count}", "seconds", "log scale")
+
+
 def _array(values: Tensor) -> Array:
     array: Array = values.detach().double().cpu().numpy()
     return array

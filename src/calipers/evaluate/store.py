@@ -38,8 +38,18 @@ CREATE TABLE IF NOT EXISTS unit (
 """
 # the sources that decide what a stored number means; reports and the command line may change freely
 _MEASURING = (
-    *("attacks", "bounds", "graph", "ops", "bracket.py", "grid.py", "rounding.py", "searches.py"),
-    *("seeds.py", "sets.py", "spec.py"),
+    *(
+        "attacks",
+        "bounds",
+        "exact",
+        "graph",
+        "ops",
+        "vnnlib",
+        "bracket.py",
+        "grid.py",
+        "rounding.py",
+    ),
+    *("searches.py", "seeds.py", "sets.py", "spec.py", "evaluate/solvers.py", "evaluate/verify.py"),
 )
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from calipers.evaluate.result import Audit
 
 WIDTH = 48  # of the bar
-SIDES = {"attack": "upper (attack)", "bound": "lower (bound)"}
+SIDES = {"attack": "upper (attack)", "bound": "lower (bound)", "exact": "both (search)"}
 
 
 def audit_table(audit: Audit) -> Group:

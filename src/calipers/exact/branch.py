@@ -30,6 +30,7 @@ from calipers.spec import Spec
 LARGE = 4000  # neurons from which on the root's bounds are computed in float32
 METRIC = 0.1, 1.0, 0.1  # how far choices, multipliers and weights may move, relative to each other
 MOMENTUM = 0.7
+ROWS = 512  # intermediate bounds computed together
 REACH = 0.5  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
 
@@ -47,6 +48,7 @@ def branch(
     steps: int = 8,
     candidates: int = 4,
     score: str = "gap",
+    period: int = 4,
 ) -> Outcome:
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
@@ -55,6 +57,7 @@ def branch(
         steps: ascent steps on the lines and multipliers of a batch.
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
         score: how candidates are found, a name of `SCORES`.
+        period: splits after which a sub-problem's intervals are computed again.
 
     Raises:
         UnsupportedOp: an op of the network has no entry in the op table.
@@ -69,7 +72,7 @@ def branch(
     if score not in SCORES:
         raise ValueError(f"score: {score!r} is not one of {', '.join(SCORES)}")
     search = Search(
-        network, region, spec, deadline, memory, progress, batch, steps, candidates, score
+        network, region, spec, deadline, memory, progress, batch, steps, candidates, score, period
     )
     with torch.no_grad():
         try:
@@ -94,11 +97,13 @@ class Search:
         steps: int,
         candidates: int,
         score: str,
+        period: int,
     ) -> None:
         self.network, self.region, self.spec = network, region, spec
         self.deadline, self.memory, self.progress = deadline, memory, progress
         self.batch, self.steps, self.candidates = batch, steps, candidates
         self.score = SCORES[score]
+        self.period = period
         self.lower, self.count, self.reason = -math.inf, 0, ""
         self.point: Tensor | None = None
 
@@ -114,6 +119,9 @@ class Search:
         while stack and self.point is None:
             stack[-1] = self.closed(stack[-1])
             domains = _taken(stack, self.batch)
+            if not len(domains):
+                continue
+            domains = self.refreshed(domains)
             if not len(domains):
                 continue
             splittable = self.problem.undecided(domains)
@@ -267,6 +275,14 @@ class Search:
             proved[some] = bound > 0
         left = domains[~proved]
         return replace(left, bound=left.bound.clamp_max(0.0))
+
+    def refreshed(self, domains: Domains) -> Domains:
+        """With intervals of their own where enough splits have been made since the last time; without empty ones."""
+        due = domains.depth - domains.fresh >= self.period
+        if not bool(due.any()):
+            return domains
+        some, empty = self.sure.refreshed(domains[due], ROWS)
+        return joined([domains[~due], some[~empty]])
 
     def split(self, domains: Domains, splittable: Tensor) -> Domains:
         """Both children of every sub-problem."""

@@ -52,6 +52,7 @@ class Domains:
         side: (n, D) +1: above the point, −1: below.
         scale: (n, D) the size of the row where it was split: the unit of its multiplier.
         multiplier: (n, D) of the split's constraint, in that unit; not negative.
+        fresh: (n,) how many splits there were when the intervals were last computed.
     """
 
     bound: Tensor
@@ -65,9 +66,15 @@ class Domains:
     side: Tensor
     scale: Tensor
     multiplier: Tensor
+    fresh: Tensor
 
     def __len__(self) -> int:
         return len(self.bound)
+
+    @property
+    def depth(self) -> Tensor:
+        """(n,) the number of splits."""
+        return (self.where >= 0).sum(1)
 
     def __getitem__(self, index: Tensor | slice) -> Domains:
         return Domains(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -174,6 +181,7 @@ class Problem:
             none.to(torch.int8),
             none,
             none,
+            torch.zeros(n, dtype=torch.long),
         )
 
     def starts(self, box: Interval) -> Tensor:
@@ -225,7 +233,7 @@ class Problem:
             known = crossed.unsqueeze(1)  # an empty one keeps intervals that are intervals
             low, high = torch.where(known, domains.low, low), torch.where(known, domains.high, high)
             domains = replace(domains, low=low, high=high)
-        return domains, empty
+        return replace(domains, fresh=domains.depth), empty
 
     def rows(self, clause: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The functionals to bound: rows (n, K), and their value at the reference output, rounded down: (n,)."""

@@ -255,6 +255,16 @@ def check_finite(value: Tensor, name: str, *, lone: bool = False) -> None:
     )
 
 
+def write_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    """``tensor`` as a serialized ``TensorProto``, row-major, in its own dtype."""
+    import onnx
+
+    kind = next(k for k, (dtype, _) in _DTYPES.items() if dtype == tensor.dtype)
+    proto = onnx.TensorProto(name=name, data_type=kind, dims=tuple(tensor.shape))
+    _embed(proto, tensor.detach().cpu())
+    path.write_bytes(proto.SerializeToString())
+
+
 # -- inputs ----------------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ def _linear_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, w: Tensor, _b: Any
 
 def _linear_rows(index: Tensor, x: Any, w: Tensor, _b: Any = None) -> Tensor | None:
     # only a plain vector input makes row i of L equal to row i of the weight
-    return w[index] if x.ndim == 2 else None
+    return w[index] if x.ndim == 2 and w.layout == torch.strided else None
 
 
 def _matmul_magnitude(_: float, x: Tensor, y: Tensor) -> Tensor:

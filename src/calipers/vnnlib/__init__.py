@@ -41,6 +41,7 @@ class Query:
         tree: what is unsafe, exactly as written.
         cases: batches of boxes with the form of their clauses in common; empty if nothing can be unsafe.
         dtype: how the inputs' bounds are read, see `load`.
+        network: the network's name, which version 1.0 does not give.
     """
 
     path: str
@@ -50,14 +51,22 @@ class Query:
     tree: Node
     cases: tuple[Case, ...]
     dtype: torch.dtype | None = None
+    network: str | None = None
 
-    def holds(self, x: Values, y: Values, *, dtype: torch.dtype | None = None) -> bool:
+    def holds(
+        self,
+        x: Values,
+        y: Values,
+        *,
+        dtype: torch.dtype | None = None,
+        tolerance: Fraction = Fraction(0),
+    ) -> bool:
         """Whether inputs ``x`` with outputs ``y`` are a counterexample, by rational arithmetic on the tree as written.
 
         Args:
-            dtype: see `calipers.vnnlib.holds`; by default every literal counts exactly.
+            dtype, tolerance: see `calipers.vnnlib.holds`; by default every literal counts exactly.
         """
-        return holds(self.tree, _flat(x), _flat(y), dtype=dtype)
+        return holds(self.tree, _flat(x), _flat(y), dtype=dtype, tolerance=tolerance)
 
 
 def _flat(values: Values) -> Sequence[float | Fraction]:
@@ -84,6 +93,7 @@ def load(
             region with such a side has no member, though its bounds are sound.
 
     Raises:
+        NoInputs: its bounds on inputs contradict each other, so nothing can break it.
         SpecError: not a query, or one beyond what is supported: one network with one input and one output, bounds on
             single inputs, affine relations among outputs. The message has file, line and remedy.
     """
@@ -99,7 +109,16 @@ def loads(
 
 def _query(text: Text, input_shape: Sequence[int] | None, dtype: torch.dtype | None) -> Query:
     cases = tuple(lower(text, input_shape, dtype))
-    return Query(text.source.path, text.version, text.input, text.output, text.tree, cases, dtype)
+    return Query(
+        text.source.path,
+        text.version,
+        text.input,
+        text.output,
+        text.tree,
+        cases,
+        dtype,
+        text.network,
+    )
 
 
 class Instance(NamedTuple):
@@ -113,12 +132,15 @@ class Instance(NamedTuple):
 def instances(folder: str | Path) -> list[Instance]:
     """The instances of a benchmark: ``instances.csv`` with lines ``network,property,seconds``, relative to ``folder``.
 
+    ``folder`` may also be such a list itself, whatever its name.
+
     A file may lie there with or without ``.gz``.
 
     Raises:
         SpecError: no such list, a malformed line, or a missing file; the line is named.
     """
-    table = Path(folder) / "instances.csv"
+    table = Path(folder)
+    table = table if table.is_file() else table / "instances.csv"
     if not table.is_file():
         raise SpecError(f"{table}: no such file; give the folder of a benchmark")
     found = []

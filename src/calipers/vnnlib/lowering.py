@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calipers.errors import NoInputs
 from calipers.sets import Interval, Region, cast
 from calipers.spec import Spec
 from calipers.vnnlib.reader import Text
@@ -278,6 +279,7 @@ def _common_box(text: Text, base: Part, plain: Conjunction) -> Any:
             last.at,
             f"{text.input.element(i)} has lower bound {box[i, 2]:.9g} above its upper bound {-box[i, 3]:.9g}, "
             "so no input is left",
+            NoInputs,
         )
     return box
 

@@ -117,9 +117,9 @@ class Source:
     path: str
     text: str
 
-    def error(self, at: int, what: str) -> SpecError:
+    def error(self, at: int, what: str, kind: type[SpecError] = SpecError) -> SpecError:
         """What is wrong at a place in the text, with file and line."""
-        return SpecError(f"{self.path}, line {self.text.count(chr(10), 0, at) + 1}: {what}")
+        return kind(f"{self.path}, line {self.text.count(chr(10), 0, at) + 1}: {what}")
 
 
 class Text(NamedTuple):
@@ -130,6 +130,7 @@ class Text(NamedTuple):
     input: Variable
     output: Variable
     tree: Node
+    network: str | None
 
 
 def read(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Text:
@@ -377,7 +378,7 @@ class _State:
             raise source.error(end, "asserts nothing; is the file truncated?")
         version = self.version or ((2, 0) if self.network is not None else (1, 0))
         tree = Node("and", tuple(self.asserted), 0)
-        return Text(source, version, tensors["input"], tensors["output"], tree)
+        return Text(source, version, tensors["input"], tensors["output"], tree, self.network)
 
     def constants(self) -> dict[str, Variable]:
         """All X_i as one tensor, and all Y_j."""

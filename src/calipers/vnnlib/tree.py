@@ -33,6 +33,9 @@ ARITHMETIC: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 }
 
 
+_NONE = Fraction(0)
+
+
 class Node(NamedTuple):
     """``(op args...)``; ``at`` is its place in the text, for messages."""
 
@@ -57,6 +60,7 @@ def holds(
     y: Sequence[float | Fraction],
     *,
     dtype: torch.dtype | None = None,
+    tolerance: Fraction = _NONE,
 ) -> bool:
     """Whether the tree is true at inputs ``x`` and outputs ``y`` (flat, row-major), in rational arithmetic.
 
@@ -65,6 +69,7 @@ def holds(
     Args:
         dtype: read an input's own bounds as the nearest numbers of this dtype, as the checker of the verification
             competitions does; None reads every literal exactly.
+        tolerance: by how much a relation among inputs alone may fail (not ``!=``).
     """
     if not all(isinstance(v, Fraction) or math.isfinite(v) for v in (*x, *y)):
         return False
@@ -83,15 +88,17 @@ def holds(
     def true(node: Node) -> bool:
         if node.op in JUNCTIONS:
             return JUNCTIONS[node.op](true(a) for a in node.args if isinstance(a, Node))
-        left, right = node.args
         if dtype is not None and is_bound(node):
-            return RELATIONS[node.op](
-                *(
-                    Fraction(nearest(a, dtype)) if isinstance(a, Decimal) else value(a)
-                    for a in (left, right)
-                )
-            )
-        return RELATIONS[node.op](value(left), value(right))
+            ends = [
+                Fraction(nearest(a, dtype)) if isinstance(a, Decimal) else value(a)
+                for a in node.args
+            ]
+        else:
+            ends = [value(a) for a in node.args]
+        if RELATIONS[node.op](*ends):
+            return True
+        near = tolerance > 0 and node.op != "!=" and abs(ends[0] - ends[1]) <= tolerance
+        return near and all(v >= 0 for v in variables(node))
 
     return true(tree)
 
@@ -124,15 +131,17 @@ def affine(term: Term) -> Affine:
         parts = [
             scaled(p, Fraction(-1)) if i or len(parts) == 1 else p for i, p in enumerate(parts)
         ]
-    return reduce(plus, parts)
+    return plus(*parts)
 
 
-def plus(a: Affine, b: Affine) -> Affine:
+def plus(*parts: Affine) -> Affine:
     """The sum, without the variables that cancel."""
-    total = dict(a.coefficients)
-    for variable, c in b.coefficients.items():
-        total[variable] = total.get(variable, Fraction(0)) + c
-    return Affine({v: c for v, c in total.items() if c}, a.constant + b.constant)
+    total: dict[int, Fraction] = {}
+    for part in parts:
+        for variable, c in part.coefficients.items():
+            total[variable] = total.get(variable, Fraction(0)) + c
+    constant = sum((part.constant for part in parts), Fraction(0))
+    return Affine({v: c for v, c in total.items() if c}, constant)
 
 
 def scaled(a: Affine, by: Fraction) -> Affine:
