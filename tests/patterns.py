@@ -37,8 +37,10 @@ def ball_rows(region: Region, i: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return signs, signs @ region.center[i].flatten().numpy() + region.outer_eps[i].item()
 
 
-def exact_minimum(network: Network, region: Region, C: np.ndarray, i: int = 0) -> float:
-    """min over example i's set of max over the rows of C·output."""
+def exact_minimum(
+    network: Network, region: Region, C: np.ndarray, d: Any = 0.0, i: int = 0
+) -> float:
+    """min over example i's set of max over the rows of C·output + d."""
     weights = layers(network)
     n = region.center[i].numel()
     signs, limits = ball_rows(region, i)
@@ -55,7 +57,7 @@ def exact_minimum(network: Network, region: Region, C: np.ndarray, i: int = 0) -
             ends.append(-flip[:, 0] * c)
             A, c = on[:, None] * A, on * c
         W, b = weights[-1]
-        A, c = C @ W @ A, C @ (W @ c + b)
+        A, c = C @ W @ A, C @ (W @ c + b) + d
         inside = np.concatenate(rows)
         G = np.block(
             [[inside, np.zeros((len(inside), 1))], [A, -np.ones((len(A), 1))]]
@@ -70,6 +72,14 @@ def exact_minima(network: Network, region: Region, spec: Spec) -> Tensor:
     """The minimum of each functional: (B, M)."""
     C = spec.C.double().numpy()
     found = [
-        [exact_minimum(network, region, row[None], i) for row in rows] for i, rows in enumerate(C)
+        [exact_minimum(network, region, row[None], i=i) for row in rows] for i, rows in enumerate(C)
     ]
     return torch.tensor(found, dtype=torch.float64) + spec.d.double()
+
+
+def exact_margin(network: Network, region: Region, spec: Spec) -> float:
+    """The least margin of one example: of its clauses the one that gets lowest."""
+    C, d, clause = spec.C[0].double().numpy(), spec.d[0].double().numpy(), spec.clause.numpy()
+    return min(
+        exact_minimum(network, region, C[clause == c], d[clause == c]) for c in range(spec.count)
+    )

@@ -15,8 +15,8 @@ import geometry as g
 from calipers.attacks import ATTACKS, auto, square
 from calipers.bounds import BELOW, BOUNDS
 from calipers.bracket import witness
+from calipers.evaluate.solvers import SOLVERS, problem
 from calipers.exact import milp
-from calipers.exact.branch import branch
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -26,8 +26,6 @@ F32, F64 = torch.float32, torch.float64
 PASSES = {name: bound for name, bound in BOUNDS.items() if name != "lp"}
 # every attack, the dear ones with small budgets
 QUICK = {**ATTACKS, "square": partial(square, queries=100), "auto": partial(auto, level="quick")}
-# every complete search
-SOLVERS: dict[str, Any] = {"milp": milp, "branch": branch}
 PRECISIONS: list[tuple[torch.dtype, bool]] = [(F64, True), (F32, True), (F64, False)]
 
 
@@ -80,7 +78,9 @@ def check_sound(
 def check_solvers(network: Network, region: Region, spec: Spec, margin: Tensor) -> None:
     """Offsets move the known margins to either side of 0: each search proves the one; for the other it shows a
     witness, or says why it found none."""
-    for name, solve in SOLVERS.items():
+    suitable = [e for e in SOLVERS if e.suits(problem(network, region))]
+    solvers: dict[str, Any] = {"milp": milp} | {e.name: e.load() for e in suitable}
+    for name, solve in solvers.items():
         for i, known in enumerate(margin.double().tolist()):
             for side in (1e-2, -1e-2):
                 here = region[i : i + 1]
