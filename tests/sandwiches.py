@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import geometry as g
-from calipers.attacks import ATTACKS, auto, square
-from calipers.bounds import BELOW, BOUNDS
+from calipers.attacks import ATTACKS, apgd, auto, square
+from calipers.bounds import BELOW, BOUNDS, alpha_crown
 from calipers.bracket import witness
 from calipers.evaluate.solvers import SOLVERS, problem
 from calipers.exact import milp
@@ -22,10 +22,18 @@ from calipers.sets import Region
 from calipers.spec import Spec
 
 F32, F64 = torch.float32, torch.float64
-# the rungs that are passes of the network; a program per functional is for the smaller tests (and test_lp.py)
-PASSES = {name: bound for name, bound in BOUNDS.items() if name != "lp"}
+# the rungs that are passes of the network, few steps of those that take steps; a program per functional is for the
+# smaller tests (and test_lp.py)
+PASSES = {name: bound for name, bound in BOUNDS.items() if name != "lp"} | {
+    "alpha_crown": partial(alpha_crown, steps=3, intermediate_steps=1)
+}
 # every attack, the dear ones with small budgets
-QUICK = {**ATTACKS, "square": partial(square, queries=100), "auto": partial(auto, level="quick")}
+QUICK = {
+    **ATTACKS,
+    "apgd": partial(apgd, steps=25),
+    "square": partial(square, queries=50),
+    "auto": partial(auto, level="quick"),
+}
 PRECISIONS: list[tuple[torch.dtype, bool]] = [(F64, True), (F32, True), (F64, False)]
 
 

@@ -37,7 +37,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TUTORIAL = SHARED / "tutorial"
 FULL = os.environ.get("CALIPERS_GOLDEN") == "full"
 INF = math.inf
-BATCH = 100
+BATCH = 50  # the quickest on a single core
 
 pytestmark = pytest.mark.skipif(
     not (TUTORIAL / "published.json").is_file() or not (SHARED / "mnist").is_dir(),
@@ -118,7 +118,7 @@ L2 = partial(pgd, steps=40, step_size=0.05, drop=True)  # alpha 0.1 at eps 2
 @pytest.mark.parametrize("name", NETS)
 def test_clean_error_is_exact(name: str) -> None:
     x, y = mnist().x, mnist().y
-    batches = torch.arange(10_000).split(500)
+    batches = torch.arange(10_000).split(BATCH)
     assert sum(int(wrong(name, x[b], y[b]).sum()) for b in batches) == round(
         1e4 * published()["clean_error"][name]
     )
@@ -277,9 +277,11 @@ SIGN = "pgd_sign_alpha_0.01_40_steps_zero_start"
 
 
 @pytest.mark.parametrize("name", ["ch3_model_dnn_2", "ch3_model_dnn_4"])
-def test_pgd_error_is_within_a_point(name: str) -> None:
-    found = rate(errors(name, torch.arange(10_000), linf(0.1, box=False), PGD))
-    assert abs(found - printed_rate(SIGN, name)) <= 0.01
+def test_pgd_error_on_every_third_image_is_within_a_point(name: str) -> None:
+    rows = every(3)
+    expected = printed_rate(SIGN, name)
+    found = rate(errors(name, rows, linf(0.1, box=False), PGD))
+    assert abs(found - expected) <= tolerance(0.01, expected, rows)
 
 
 def test_pgd_error_of_the_cnn_on_every_twentieth_image() -> None:
@@ -323,7 +325,7 @@ def test_ten_random_restarts_on_every_hundredth_image_of_the_cnn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "k"), [("ch3_model_dnn_2", 5), ("ch3_model_dnn_4", 5), ("ch3_model_cnn", 25)]
+    ("name", "k"), [("ch3_model_dnn_2", 10), ("ch3_model_dnn_4", 10), ("ch3_model_cnn", 40)]
 )
 def test_l2_attack_with_the_box_on_every_kth_image(name: str, k: int) -> None:
     """At least as strong as the tutorial's, which rescales after clipping where we project exactly."""

@@ -159,7 +159,6 @@ def test_exact_minimum_lies_between(sizes: tuple[int, ...], p: float, box: bool)
             assert (low.double() <= exact + tolerance).all(), (name, dtype)
     forward = network.in_double()
     seeds = torch.arange(2)
-    gaps = []
     for name, attack in QUICK.items():
         x = attack(network, region, spec, seeds=seeds)
         values = spec.values(forward(x))
@@ -168,7 +167,6 @@ def test_exact_minimum_lies_between(sizes: tuple[int, ...], p: float, box: bool)
             rationals.functionals(network, spec, x), values.tolist(), strict=True
         ):
             assert [float(v) for v in row] == pytest.approx(found, abs=1e-12)
-        gaps.append(spec.margin(values) - spec.margin(exact))
     # two inputs and five neurons: from 20 starts the steepest search must all but find the minimum
     x = pgd(network, region, spec, restarts=20, loss="margin", seeds=seeds)
     gap = spec.margin(spec.values(forward(x))) - spec.margin(exact)

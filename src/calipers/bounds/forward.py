@@ -235,6 +235,8 @@ def _linear_part(
 ) -> Tensor:
     """L·v for values v of the perturbed arguments; by default the derivative of the op, whatever it is."""
     node = step.node
+    if not len(values[0]):  # no symbols: what is differentiated must have been used
+        return values[0].new_zeros(0, *node.shape)
     if node.op is torch.add:
         return sum(values[1:], values[0]).expand(len(values[0]), *node.shape)
     offset = OFFSET.get(node.op)

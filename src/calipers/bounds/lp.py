@@ -131,9 +131,13 @@ def relaxation(
         network, region, intermediate, rigorous=rigorous, memory=memory, statistics=statistics
     )
     check_spec(state, spec)
+    shape = network.input_shape
+    if not len(region):
+        none = spec.d.double()
+        points = region.center.to(network.dtype).new_empty(*none.shape, *shape)
+        return Relaxation(none, none, points, none)
     rows = [_example(state.part(slice(i, i + 1)), spec[i : i + 1]) for i in range(len(region))]
     lower, claimed, inputs = (torch.stack(part) for part in zip(*rows, strict=True))
-    shape = network.input_shape
     # an example's points are members of its region each, and run as one batch
     spots = inputs.to(network.dtype).reshape(len(region), -1, *shape).transpose(0, 1)
     members = torch.stack([region.project(x) for x in spots], 1)
