@@ -163,6 +163,8 @@ def test_gradients_against_finite_differences(name: str, method: str) -> None:
                         ends.append(low(*moved))
                 slope = (ends[0] - ends[1]).item() / (2 * step)
                 errors.append(abs(slope - (gradient * direction).sum().item()) / (1 + abs(slope)))
+                if errors[-1] <= 1e-6:
+                    break  # the others are for where this one met a kink
             assert min(errors) <= 1e-6, (p, i, errors)
         setattr(module, first, given[1])
         setattr(module, last, given[2])

@@ -249,7 +249,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_batch_chunks_and_order_do_not_matter(name: str, method: str) -> None:
     network, bound = ARCHITECTURES[name](6), PASSES[method]
-    count = 5
+    count = 3
     region = region_of(network, 2.0, True, count=count)
     spec = labels(network, count)
     whole = bound(network, region, spec, dtype=F64, rigorous=True)
@@ -261,7 +261,7 @@ def test_batch_chunks_and_order_do_not_matter(name: str, method: str) -> None:
         for i in range(count)
     ]
     assert close(torch.cat(single), whole)
-    order = torch.tensor([3, 0, 4, 1, 2])
+    order = torch.tensor([2, 0, 1])
     permuted = bound(network, region[order], spec[order], dtype=F64, rigorous=True)
     assert close(permuted, whole[order])
     turned = Spec(spec.C.flip(1), spec.d.flip(1), spec.clause)
