@@ -21,7 +21,7 @@ from calipers.bounds.encode import Encoding, encode, prepare
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import Statistics, crown, undecided
 from calipers.bounds.sparse import Array
-from calipers.bounds.state import State, check_spec, stacked, start, working_dtype
+from calipers.bounds.state import State, check_spec, met, stacked, start, working_dtype
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Affine
 from calipers.programs import Program, Solution, dual_value, solver
@@ -278,12 +278,7 @@ def tightened(
             if isinstance(kind, Affine) or name not in network.graph.active or name in done:
                 continue
             done.add(name)
-            own, other = state.boxes[name], known[name]
-            lower, upper = (
-                torch.maximum(own.lower, other.lower),
-                torch.minimum(own.upper, other.upper),
-            )
-            box = Interval(lower, upper)
+            box = met(state.boxes[name], known[name])
             state.replace(name, box)
             wanted = np.flatnonzero(undecided(state, node, kind, name)[0].numpy())
             if len(wanted):
@@ -303,11 +298,6 @@ def _sides(wanted: Array, box: Interval) -> Array:
 
 def _narrowed(box: Interval, wanted: Array, found: Array) -> Interval:
     low, high = (end.reshape(-1).clone() for end in box)
-    new = torch.from_numpy(found)
-    half = len(wanted)
-    lower = torch.maximum(low[wanted], new[:half])
-    upper = torch.minimum(high[wanted], -new[half:])
-    good = lower <= upper  # ends that cross, by rounding, leave the interval as it was
-    low[wanted] = torch.where(good, lower, low[wanted])
-    high[wanted] = torch.where(good, upper, high[wanted])
+    lower, negated = torch.from_numpy(found).chunk(2)
+    low[wanted], high[wanted] = met(Interval(low[wanted], high[wanted]), Interval(lower, -negated))
     return Interval(low.reshape(box.lower.shape), high.reshape(box.upper.shape))

@@ -219,6 +219,13 @@ def stacked(parts: Sequence[Interval], dim: int = 0) -> Interval:
     return Interval(*(joined(list(ends), dim) for ends in zip(*parts, strict=True)))
 
 
+def met(known: Interval, new: Interval) -> Interval:
+    """Their intersection; ``known`` where they do not meet (by rounding, on a point region) or one is NaN."""
+    low, high = torch.maximum(known.lower, new.lower), torch.minimum(known.upper, new.upper)
+    good = low <= high
+    return Interval(torch.where(good, low, known.lower), torch.where(good, high, known.upper))
+
+
 def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
     """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
     rows, vector = flat(A, 2), flat(v)
