@@ -152,5 +152,5 @@ def test_lines_are_a_plain_table() -> None:
     assert "4 x 4 x 4" in lines[1]
     assert "parameters    731" in lines
     assert "ReLU neurons  74" in lines
-    assert "crown         yes" in lines
+    assert "bounds        yes" in lines
     assert len({line.index("conv2d") for line in lines if "conv2d  " in line}) == 1
