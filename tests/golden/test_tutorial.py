@@ -282,8 +282,8 @@ def test_pgd_error_on_every_third_image_is_within_a_point(name: str) -> None:
     assert abs(found - expected) <= tolerance(0.01, expected, rows)
 
 
-def test_pgd_error_of_the_cnn_on_every_twentieth_image() -> None:
-    name, rows = "ch3_model_cnn", every(20)
+def test_pgd_error_of_the_cnn_on_every_thirtieth_image() -> None:
+    name, rows = "ch3_model_cnn", every(30)
     expected = printed_rate(SIGN, name)
     found = rate(errors(name, rows, linf(0.1, box=False), PGD))
     room = tolerance(0.01, expected, rows)
@@ -308,8 +308,8 @@ def test_pgd_error_of_the_adversarially_trained_cnn_on_the_500_images_nearest_to
     assert abs(broken / 1e4 - printed_rate(SIGN, name)) <= 0.01
 
 
-def test_ten_random_restarts_on_every_hundredth_image_of_the_cnn() -> None:
-    name, rows = "ch3_model_cnn", every(100)
+def test_ten_random_restarts_on_every_150th_image_of_the_cnn() -> None:
+    name, rows = "ch3_model_cnn", every(150)
     expected = printed_rate("pgd_10_random_restarts", name)
     attack = partial(PGD, restarts=10, random_start=True)
     found = rate(errors(name, rows, linf(0.1, box=False), attack))
@@ -319,7 +319,7 @@ def test_ten_random_restarts_on_every_hundredth_image_of_the_cnn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "k"), [("ch3_model_dnn_2", 10), ("ch3_model_dnn_4", 10), ("ch3_model_cnn", 40)]
+    ("name", "k"), [("ch3_model_dnn_2", 10), ("ch3_model_dnn_4", 10), ("ch3_model_cnn", 50)]
 )
 def test_l2_attack_with_the_box_on_every_kth_image(name: str, k: int) -> None:
     """At least as strong as the tutorial's, which rescales after clipping where we project exactly."""
