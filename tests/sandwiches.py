@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import geometry as g
-from calipers.attacks import ATTACKS, auto, square
-from calipers.bounds import BELOW, BOUNDS
+from calipers.attacks import ATTACKS, apgd, auto, square
+from calipers.bounds import BELOW, BOUNDS, alpha_crown
+from calipers.bracket import witness
+from calipers.evaluate.solvers import SOLVERS, problem
+from calipers.exact import milp
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
 
 F32, F64 = torch.float32, torch.float64
-# the rungs that are passes of the network; the linear program's own tests are in test_lp.py
-PASSES = {name: bound for name, bound in BOUNDS.items() if name != "lp"}
+# the rungs that are passes of the network, few steps of those that take steps; a program per functional is for the
+# smaller tests (and test_lp.py)
+PASSES = {name: bound for name, bound in BOUNDS.items() if name != "lp"} | {
+    "alpha_crown": partial(alpha_crown, steps=3, intermediate_steps=1)
+}
 # every attack, the dear ones with small budgets
-QUICK = {**ATTACKS, "square": partial(square, queries=100), "auto": partial(auto, level="quick")}
+QUICK = {
+    **ATTACKS,
+    "apgd": partial(apgd, steps=25),
+    "square": partial(square, queries=50),
+    "auto": partial(auto, level="quick"),
+}
 PRECISIONS: list[tuple[torch.dtype, bool]] = [(F64, True), (F32, True), (F64, False)]
 
 
@@ -73,36 +83,23 @@ def check_sound(
                 assert (below <= low + slack).all(), (method, "is looser", below - low)
 
 
-def relu_net(network: Network, x: list[Fraction]) -> list[Fraction]:
-    """A fully connected ReLU network in rational arithmetic."""
-    value = x
-    module: Any = network.module
-    for node in network.graph.nodes:
-        if node.op is F.linear:
-            w, b = (getattr(module, a.name).double().tolist() for a in node.args[1:3])
-            value = [
-                sum((Fraction(c) * v for c, v in zip(row, value, strict=True)), Fraction(bi))
-                for row, bi in zip(w, b, strict=True)
-            ]
-        else:
-            assert node.op is torch.relu
-            value = [max(v, Fraction(0)) for v in value]
-    return value
-
-
-def exact_values(network: Network, spec: Spec, x: Tensor) -> list[list[Fraction]]:
-    """C·h(x) + d in rational arithmetic, per example."""
-    rows = []
-    for i in range(len(x)):
-        y = relu_net(network, [Fraction(v) for v in x[i].double().flatten().tolist()])
-        C, d = spec.C[i].double().tolist(), spec.d[i].double().tolist()
-        rows.append(
-            [
-                sum((Fraction(a) * b for a, b in zip(row, y, strict=True)), Fraction(e))
-                for row, e in zip(C, d, strict=True)
-            ]
-        )
-    return rows
+def check_solvers(network: Network, region: Region, spec: Spec, margin: Tensor) -> None:
+    """Offsets move the known margins to either side of 0: each search proves the one; for the other it shows a
+    witness, or says why it found none."""
+    suitable = [e for e in SOLVERS if e.suits(problem(network, region))]
+    solvers: dict[str, Any] = {"milp": milp} | {e.name: e.load() for e in suitable}
+    for name, solve in solvers.items():
+        for i, known in enumerate(margin.double().tolist()):
+            side = -1e-2 if i % 2 else 1e-2
+            here = region[i : i + 1]
+            moved = Spec(spec.C[i : i + 1], spec.d[i : i + 1] + (side - known), spec.clause)
+            found = solve(network, here, moved, deadline=time.perf_counter() + 60)
+            assert found.robust == (side > 0), (name, i, side, found)
+            assert found.lower <= side + 1e-6, (name, i, side, found)
+            if found.point is not None:
+                assert witness(network, here, moved, found.point[None]).upper <= 0
+            else:
+                assert side > 0 or found.reason
 
 
 def exact_affine_minimum(

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 import attack_checks as checks
 from attack_checks import EPS, INF, NORMS, K, N, batch, margins, network
-from calipers import ATTACKS, Region, Spec, ThreatModel, fgsm, pgd, square, targeted, witness
+from calipers import ATTACKS, Region, Spec, ThreatModel, auto, fgsm, pgd, square, targeted, witness
 from calipers.attacks import LOSSES
 from calipers.seeds import seeds
 
 DTYPES = (torch.float32, torch.float64)
 VARIANTS = {
     **ATTACKS,
-    "square": partial(square, queries=150),
+    "square": partial(square, queries=100),
+    "auto": partial(auto, level="quick"),  # the other levels: test_cascade.py
     "pgd_gradient": partial(pgd, direction="gradient", step_size=3.0),
     "pgd_restarts": partial(pgd, steps=4, restarts=3, drop=True),
     "pgd_random": partial(pgd, steps=4, random_start=True, loss="margin"),

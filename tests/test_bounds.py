@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import networks
+import rationals
 from calipers import bound as api_bound
 from calipers.bounds import crown, crown_ibp, interval, preactivations
 from calipers.bracket import Bracket, Evidence, Verdict
@@ -30,7 +31,7 @@ from calipers.sets import Interval, Region, ThreatModel
 from calipers.spec import Spec
 from calipers.work import counting
 from networks import ARCHITECTURES, Builder
-from sandwiches import PASSES, exact_values
+from sandwiches import PASSES
 
 F32, F64 = torch.float32, torch.float64
 INF = math.inf
@@ -86,7 +87,7 @@ def shortfall(network: Network, method: str, dtype: torch.dtype, rigorous: bool,
     worst = Fraction(-(10**30))
     for x in members(region):
         assert region.contains(x).all()
-        for row, bounds in zip(exact_values(network, spec, x), low, strict=True):
+        for row, bounds in zip(rationals.functionals(network, spec, x), low, strict=True):
             for value, lower in zip(row, bounds, strict=True):
                 worst = max(worst, Fraction(lower) - value)
     return float(worst)
@@ -116,7 +117,9 @@ def test_a_certificate_of_the_public_call_is_exact() -> None:
     assert low.dtype == F64
     region, spec = threat.around(x), Spec.label(y, 3)
     for point in members(region):
-        for row, bounds in zip(exact_values(network, spec, point), low.tolist(), strict=True):
+        for row, bounds in zip(
+            rationals.functionals(network, spec, point), low.tolist(), strict=True
+        ):
             assert all(Fraction(b) <= v for v, b in zip(row, bounds, strict=True))
 
 
@@ -160,6 +163,8 @@ def test_gradients_against_finite_differences(name: str, method: str) -> None:
                         ends.append(low(*moved))
                 slope = (ends[0] - ends[1]).item() / (2 * step)
                 errors.append(abs(slope - (gradient * direction).sum().item()) / (1 + abs(slope)))
+                if errors[-1] <= 1e-6:
+                    break  # the others are for where this one met a kink
             assert min(errors) <= 1e-6, (p, i, errors)
         setattr(module, first, given[1])
         setattr(module, last, given[2])

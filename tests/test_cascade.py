@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -54,10 +54,15 @@ def run(p: float = INF, **options: object) -> Found:
     )  # type: ignore[arg-type]
 
 
+@cache
+def of_level(p: float, level: str) -> Found:
+    return run(p, level=level)
+
+
 @pytest.mark.parametrize("p", NORMS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_finds_members_and_the_true_margin(level: str, p: float) -> None:
-    found = run(p, level=level)
+    found = of_level(p, level)
     net, x, y, threat = problem(p)
     assert threat.around(x).contains(found.points).all()
     torch.testing.assert_close(
@@ -71,7 +76,7 @@ def test_no_weaker_than_pgd_and_dearer_levels_no_weaker_than_cheaper_ones(p: flo
     net, x, y, threat = problem(p)
     region, spec = threat.around(x), Spec.label(y, K)
     plain = margins(net, spec, pgd(net, region, spec, steps=40, dtype=x.dtype)) <= 0
-    quick, standard, thorough = (run(p, level=level).broken for level in LEVELS)
+    quick, standard, thorough = (of_level(p, level).broken for level in LEVELS)
     assert standard.sum() >= plain.sum()
     assert standard[quick].all()
     assert thorough[standard].all()

@@ -327,6 +327,33 @@ def test_methods_lists_the_attacks(run):
 # -- bad input -------------------------------------------------------------------------------------------
 
 
+def names(folder):
+    return {p.name for p in folder.iterdir()} - {"__pycache__"}
+
+
+@pytest.fixture(scope="module")
+def damaged(saved, tmp_path_factory):
+    """A folder with files that are cut, tampered with, or of another kind; commands that fail leave it as it is."""
+    tmp_path = tmp_path_factory.mktemp("damaged")
+    content = (saved / "w" / "witnesses.npz").read_bytes()
+    arrays = dict(np.load(saved / "w" / "witnesses.npz", allow_pickle=False))
+    (tmp_path / "w.npz").write_bytes(content)
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    np.savez(tmp_path / "shape.npz", **{**arrays, "x": arrays["x"][1:]})
+    np.savez(tmp_path / "threat.npz", **{**arrays, "threat": np.array('{"norm": "l9"}')})
+    np.savez(tmp_path / "pickled.npz", **{**arrays, "y": np.array([print], dtype=object)})
+    np.savez(tmp_path / "other.npz", x=arrays["x"], y=arrays["y"])
+    np.savez_compressed(tmp_path / "bomb.npz", **{**arrays, "x": np.zeros(10**7)})
+    np.savez(tmp_path / "d.npz", x=arrays["x"], y=arrays["y"])
+    np.save(tmp_path / "short.npy", np.ones(3, bool))
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))"
+    )
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -364,25 +391,9 @@ def test_methods_lists_the_attacks(run):
         (["transfer", "none.npz", "digits_pgd"], "no such file"),
     ],
 )
-def test_bad_input_is_one_paragraph(run, saved, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    content = (saved / "w" / "witnesses.npz").read_bytes()
-    arrays = dict(np.load(saved / "w" / "witnesses.npz", allow_pickle=False))
-    (tmp_path / "w.npz").write_bytes(content)
-    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
-    np.savez(tmp_path / "shape.npz", **{**arrays, "x": arrays["x"][1:]})
-    np.savez(tmp_path / "threat.npz", **{**arrays, "threat": np.array('{"norm": "l9"}')})
-    np.savez(tmp_path / "pickled.npz", **{**arrays, "y": np.array([print], dtype=object)})
-    np.savez(tmp_path / "other.npz", x=arrays["x"], y=arrays["y"])
-    np.savez_compressed(tmp_path / "bomb.npz", **{**arrays, "x": np.zeros(10**7)})
-    np.savez(tmp_path / "d.npz", x=arrays["x"], y=arrays["y"])
-    np.save(tmp_path / "short.npy", np.ones(3, bool))
-    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
-    (tmp_path / "x.json").write_text("{}")
-    (tmp_path / "net.py").write_text(
-        "from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))"
-    )
-    before = set(tmp_path.iterdir())
+def test_bad_input_is_one_paragraph(run, damaged, monkeypatch, arguments, message):
+    monkeypatch.chdir(damaged)
+    before = names(damaged)
     outputs = [] if "--json" in arguments else ["--json", "out.json"]
     if arguments[0] == "attack" and "--save" not in arguments:
         outputs += ["--save", "witnesses"]
@@ -392,7 +403,7 @@ def test_bad_input_is_one_paragraph(run, saved, tmp_path, monkeypatch, arguments
     assert err.startswith("calipers: ")
     assert err.count("\n") == 1
     assert out == ""
-    assert {p for p in tmp_path.iterdir() if p.name != "__pycache__"} == before
+    assert names(damaged) == before
 
 
 def test_diagnose_adds_a_line_for_each_check(run):

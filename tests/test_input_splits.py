@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import networks
-import sandwiches
+import rationals
 from calipers.exact import Outcome, split_inputs
 from calipers.exact import boxes as geometry
 from calipers.exact import inputs as search
@@ -24,6 +24,7 @@ from calipers.exact.boxes import Boxes, Planes, blend, halves, trimmed
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
+from patterns import exact_margin
 
 F64 = torch.float64
 CLAUSES = {
@@ -52,34 +53,6 @@ def some_spec(seed: int, clause: list[int]) -> Spec:
     return Spec(C, torch.zeros(1, len(clause)), torch.tensor(clause))
 
 
-def exact_minimum(network: Network, spec: Spec) -> float:
-    """The least margin on [-1, 1]² by a linear program for each activation pattern and clause."""
-    from scipy.optimize import linprog
-
-    weights = [v.double().numpy() for v in network.module.state_dict().values()]
-    W, b, V, c = weights
-    C, d = spec.C[0].double().numpy(), spec.d[0].double().numpy()
-    best = math.inf
-    for pattern in itertools.product((0, 1), repeat=len(b)):
-        on = np.array(pattern)
-        sign = np.where(on == 1, -1.0, 1.0)[:, None]
-        slope, offset = V @ (on[:, None] * W), V @ (on * b) + c
-        for number in range(spec.count):
-            rows = np.nonzero(spec.clause.numpy() == number)[0]
-            # least t over x with every functional of the clause at most t, in the pattern's cell
-            A = np.vstack(
-                [
-                    np.hstack([C[rows] @ slope, -np.ones((len(rows), 1))]),
-                    np.hstack([sign * W, np.zeros((len(b), 1))]),
-                ]
-            )
-            limit = np.concatenate([-(C[rows] @ offset + d[rows]), -(sign[:, 0] * b)])
-            found = linprog([0, 0, 1], A, limit, bounds=[(-1, 1), (-1, 1), (None, None)])
-            if found.status == 0:
-                best = min(best, found.fun)
-    return best
-
-
 def shifted(spec: Spec, by: float) -> Spec:
     return Spec(spec.C, spec.d + by, spec.clause)
 
@@ -88,7 +61,7 @@ def shifted(spec: Spec, by: float) -> Spec:
 @pytest.mark.parametrize("seed", range(3))
 def test_agrees_with_a_linear_program_for_every_activation_pattern(seed: int, kind: str) -> None:
     network, spec = shallow(seed), some_spec(seed, CLAUSES[kind])
-    least = exact_minimum(network, spec)
+    least = exact_margin(network, unit_box(), spec)
     robust = shifted(spec, 0.01 - least)
     outcome = decide(network, unit_box(), robust)
     assert outcome.robust
@@ -98,7 +71,7 @@ def test_agrees_with_a_linear_program_for_every_activation_pattern(seed: int, ki
     outcome = decide(network, unit_box(), broken)
     assert not outcome.robust
     assert outcome.point is not None
-    values = sandwiches.exact_values(network, broken, outcome.point.unsqueeze(0))[0]
+    values = rationals.functionals(network, broken, outcome.point.unsqueeze(0))[0]
     worst = [
         max(v for v, c in zip(values, broken.clause.tolist(), strict=True) if c == k)
         for k in range(broken.count)
@@ -134,7 +107,7 @@ def check_pockets() -> None:
         outcome = decide(network, region, spec, 3)
         assert not outcome.robust, (at, width)
         if outcome.point is not None:
-            exact = sandwiches.exact_values(network, spec, outcome.point.unsqueeze(0))
+            exact = rationals.functionals(network, spec, outcome.point.unsqueeze(0))
             assert exact[0][0] <= 0
 
 
@@ -216,7 +189,7 @@ def volume(boxes: Boxes) -> Fraction:
 def test_proved_boxes_cover_the_region_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without trimming, the boxes that are proved have the region's volume, in rational arithmetic."""
     network, spec = shallow(1, 6), some_spec(1, CLAUSES["both"])
-    spec = shifted(spec, 0.003 - exact_minimum(network, spec))
+    spec = shifted(spec, 0.003 - exact_margin(network, unit_box(), spec))
     region = Region.box(
         torch.tensor([[-0.9, -1.0]], dtype=F64), torch.tensor([[0.7, 1 / 3]], dtype=F64)
     )
@@ -322,7 +295,7 @@ def test_the_bound_holds_in_rational_arithmetic() -> None:
         spec = some_spec(seed, CLAUSES["disjunction"])
         grid = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
         repeated = spec[torch.zeros(len(grid), dtype=torch.long)]
-        values = [min(row) for row in sandwiches.exact_values(network, repeated, grid)]
+        values = [min(row) for row in rationals.functionals(network, repeated, grid)]
         shift = float(0.5 - min(values))
         outcome = decide(network, unit_box(3), shifted(spec, shift), 2)
         assert outcome.lower <= min(values) + Fraction(shift) + Fraction(1, 10**6)

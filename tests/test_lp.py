@@ -15,6 +15,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 import networks
+import rationals
 from calipers.bounds import crown, lp, lp_points, lp_preactivations, preactivations, relaxation
 from calipers.bounds.encode import encode, prepare
 from calipers.bounds.sparse import Sparse
@@ -24,7 +25,8 @@ from calipers.programs import Program, dual_value, solver
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 from networks import ARCHITECTURES, Builder
-from sandwiches import PASSES, check_sound, exact_values
+from patterns import layers
+from sandwiches import PASSES, check_sound
 
 F32, F64, INF = torch.float32, torch.float64, math.inf
 RADIUS = {1.0: 0.8, 2.0: 0.4, INF: 0.15}
@@ -34,15 +36,6 @@ def setting(network: Network, p: float = INF, count: int = 1, eps: float | None 
     x = networks.inputs(network, count, 11)
     region = Region.ball(x, RADIUS[p] if eps is None else eps, p, 0.0, 1.0)
     return region, Spec.label(torch.arange(count) % network.num_classes, network.num_classes)
-
-
-def layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
-    module: Any = network.module
-    return [
-        tuple(getattr(module, a.name).detach().double().numpy() for a in node.args[1:3])
-        for node in network.graph.nodes
-        if node.op is F.linear
-    ]  # type: ignore[misc]
 
 
 def dense_relaxation(
@@ -167,7 +160,7 @@ def test_rigorous_values_hold_in_rational_arithmetic(eps: float) -> None:
         ends = region.inner(F32)
         for mask in itertools.product([False, True], repeat=3):
             x = torch.where(torch.tensor(mask), ends.upper, ends.lower)
-            for value, lower in zip(exact_values(network, spec, x)[0], low, strict=True):
+            for value, lower in zip(rationals.functionals(network, spec, x)[0], low, strict=True):
                 assert Fraction(lower) <= value
 
 
@@ -186,24 +179,8 @@ def test_the_rounding_of_composed_coefficients_is_paid_for(seed: int) -> None:
     region, _ = setting(network, eps=0.0)
     spec = Spec.functional(torch.eye(3)[None])
     low = lp(network, region, spec, raw=True, dtype=F64, rigorous=True)[0].tolist()
-    exact = rational(network, region.center[0].float())
+    exact = rationals.functionals(network, spec, region.center.float())[0]
     assert all(Fraction(a) <= v for a, v in zip(low, exact, strict=True))
-
-
-def rational(network: Network, x: Tensor) -> list[Fraction]:
-    """The outputs at a point, in rational arithmetic."""
-    module: Any = network.module
-    value = [Fraction(v) for v in x.double().tolist()]
-    for node in network.graph.nodes:
-        if node.op is torch.relu:
-            value = [max(v, Fraction(0)) for v in value]
-        else:
-            w = getattr(module, node.args[1].name).double().tolist()
-            value = [
-                sum((Fraction(c) * v for c, v in zip(r, value, strict=True)), Fraction(0))
-                for r in w
-            ]
-    return value
 
 
 def test_any_dual_vector_gives_a_bound() -> None:

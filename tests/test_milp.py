@@ -25,8 +25,8 @@ from calipers.graph.graph import Network
 from calipers.programs import Limits, Program, apart
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
-from exact_checks import pattern_minimum
 from networks import ARCHITECTURES
+from patterns import exact_margin, exact_minimum, layers
 
 F64, INF = torch.float64, math.inf
 TIME = 120.0  # seconds: never reached, these are tiny
@@ -43,22 +43,6 @@ def setting(
     return Region.ball(x, eps, p, 0.0, 1.0), Spec.label(torch.tensor([label]), network.num_classes)
 
 
-def layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
-    module: Any = network.module
-    return [
-        tuple(getattr(module, a.name).detach().double().numpy() for a in node.args[1:3])
-        for node in network.graph.nodes
-        if node.op is F.linear
-    ]  # type: ignore[misc]
-
-
-def brute_force(network: Network, region: Region, C: np.ndarray) -> float:
-    """min over the region of max over the rows of C·output."""
-    rows = torch.from_numpy(C)[None]
-    one = torch.zeros(len(C), dtype=torch.long)
-    return pattern_minimum(network, region, Spec(rows, rows.new_zeros(1, len(C)), one))
-
-
 @pytest.mark.parametrize("p", [INF, 1.0])
 @pytest.mark.parametrize("seed", range(2))
 def test_optima_are_the_minima_over_all_activation_patterns(seed: int, p: float) -> None:
@@ -68,7 +52,7 @@ def test_optima_are_the_minima_over_all_activation_patterns(seed: int, p: float)
     bounds = lp(network, region, spec, dtype=F64)[0].tolist()
     for o, row, low in zip(found, spec.C[0].double().numpy(), bounds, strict=True):
         assert o.status == "optimal"
-        assert o.upper == pytest.approx(brute_force(network, region, row[None]), abs=1e-6)
+        assert o.upper == pytest.approx(exact_minimum(network, region, row[None]), abs=1e-6)
         assert o.lower == pytest.approx(o.upper, abs=1e-6)
         assert o.replayed
         assert low <= o.upper + 1e-6  # exact in LP
@@ -122,11 +106,7 @@ def test_verdicts_on_general_specifications(clause: list[int], seed: int) -> Non
     network = networks.mlp(seed, (3, 4, 3, 4))
     region, _ = setting(network)
     C = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
-    rows = C.double().numpy()
-    exact = min(
-        brute_force(network, region, rows[[i for i, k in enumerate(clause) if k == c]])
-        for c in set(clause)
-    )
+    exact = exact_margin(network, region, clauses(C, clause, 0.0))
     robust = milp(network, region, clauses(C, clause, 1e-3 - exact), deadline=deadline())
     assert robust.robust
     assert 0 < robust.lower <= 1e-3 + 1e-6
@@ -146,7 +126,7 @@ def test_reachable_classes_are_those_of_brute_force() -> None:
     region, spec = setting(network, eps=0.25, label=label)
     found = certify(network, region, label, deadline=deadline())
     rivals = [j for j in range(4) if j != label]
-    margins = [brute_force(network, region, row[None]) for row in spec.C[0].double().numpy()]
+    margins = [exact_minimum(network, region, row[None]) for row in spec.C[0].double().numpy()]
     assert found.reachable == tuple(j for j, m in zip(rivals, margins, strict=True) if m <= 0)
     assert found.excluded == tuple(j for j, m in zip(rivals, margins, strict=True) if m > 0)
     assert not found.undecided
@@ -197,8 +177,8 @@ def test_exact_intervals_are_inside_crown_s_and_are_attained() -> None:
     front(F.linear, h, torch.from_numpy(W), torch.from_numpy(b))
     part = front.network(F64)
     for i in range(len(b)):
-        low = brute_force(part, region, np.eye(len(b))[i : i + 1])
-        high = -brute_force(part, region, -np.eye(len(b))[i : i + 1])
+        low = exact_minimum(part, region, np.eye(len(b))[i : i + 1])
+        high = -exact_minimum(part, region, -np.eye(len(b))[i : i + 1])
         stable = wide[second].lower[0, i] >= 0 or wide[second].upper[0, i] <= 0
         found = (exact[second].lower[0, i].item(), exact[second].upper[0, i].item())
         assert found[0] <= low + 1e-9

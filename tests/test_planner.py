@@ -152,6 +152,7 @@ sys.path.insert(0, {tests!r})
 import calipers as cp
 from calipers.bounds import BOUNDS
 from networks import Builder
+from peak import peak
 
 b = Builder((3, 32, 32))
 h = b.relu(b.conv(b.x, 16))
@@ -163,8 +164,6 @@ x = torch.rand({batch}, 3, 32, 32)
 region = cp.ThreatModel(math.inf, 0.001).around(x)
 spec = cp.Spec.label(torch.zeros({batch}, dtype=torch.int64), 10)
 bound = BOUNDS[{method!r}]
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with torch.no_grad():
     bound(net, region[:1], spec[:1])
     region.frame(torch.float32)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import networks
@@ -17,17 +16,9 @@ from calipers.bounds.slopes import Choice, OwnLines, ascend
 from calipers.graph.graph import Network
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
+from patterns import layers
 
 INF, F64 = math.inf, torch.float64
-
-
-def layers(network: Network) -> list[tuple[np.ndarray, np.ndarray]]:
-    module: Any = network.module
-    return [
-        tuple(getattr(module, a.name).detach().double().numpy() for a in node.args[1:3])
-        for node in network.graph.nodes
-        if node.op is F.linear
-    ]  # type: ignore[misc]
 
 
 def paper(

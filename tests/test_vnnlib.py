@@ -624,7 +624,12 @@ def test_every_instance_is_there() -> None:
         assert count == len((SUITES / suite / "instances.csv").read_text().split()), suite
 
 
-SOME = [f for s in sorted({f.parent for f in FILES}) for f in sorted(s.iterdir())[:2]]
+# of each suite the first and the smallest
+SOME = [
+    f
+    for s in sorted({f.parent for f in FILES})
+    for f in sorted({min(s.iterdir()), min(s.iterdir(), key=lambda f: (f.stat().st_size, f))})
+]
 
 
 @needs_files
@@ -640,6 +645,8 @@ def test_real_files_mean_what_they_say(file: Path) -> None:
     literals = [float(c) for c in re.findall(r"Y_\d+\s+(-?[0-9][-+\deE.]*)\)", text)] or [0.0]
     met = set()
     for trial in range(24):
+        if trial >= 12 and len(met) == 2:
+            break  # enough
         x = np.clip(low + rng.random(low.shape) * (high - low), low, high)
         x = np.where(low > high, low, x)
         y = rng.choice(literals) + rng.integers(-1, 2, query.output.size) * (trial % 4)

@@ -20,6 +20,7 @@ from calipers.sets import Region
 from calipers.spec import Spec
 from networks import ARCHITECTURES
 from rationals import exponential, logarithm
+from sandwiches import PASSES, PRECISIONS
 
 F32, F64 = torch.float32, torch.float64
 INF = math.inf
@@ -56,10 +57,10 @@ def test_small_losses_are_accurate_and_rigorous_ones_above(dtype: torch.dtype) -
         assert exact < above <= exact * (1 + Fraction(1, 1000)) + Fraction(finfo.tiny)
 
 
-@pytest.mark.parametrize("method", BOUNDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_no_point_has_a_larger_loss(name: str, method: str) -> None:
+def test_no_point_has_a_larger_loss(name: str) -> None:
     network = ARCHITECTURES[name](0)
+    methods = BOUNDS if name in ("mlp", "clamp", "sigmoid") else PASSES  # a program takes long
     for p in (2.0, INF):
         region, y = setting(network, p, 0.3)
         spec = Spec.label(y, 3)
@@ -70,13 +71,13 @@ def test_no_point_has_a_larger_loss(name: str, method: str) -> None:
             *(region.sample(seeds + 3 * i, F64) for i in range(10)),
         ]
         forward = network.in_double()
-        for dtype, rigorous in ((F64, True), (F32, True), (F64, False)):
+        reached = [F.cross_entropy(forward(x), y, reduction="none") for x in points]
+        most = torch.stack(reached).amax(0)
+        for (method, bound), (dtype, rigorous) in itertools.product(methods.items(), PRECISIONS):
             worst = worst_cross_entropy(
-                network, region, y, method=BOUNDS[method], dtype=dtype, rigorous=rigorous
+                network, region, y, method=bound, dtype=dtype, rigorous=rigorous
             )
-            for x in points:
-                reached = F.cross_entropy(forward(x), y, reduction="none")
-                assert (reached <= worst * (1 + 1e-12) + 1e-14).all(), (p, dtype, rigorous)
+            assert (most <= worst * (1 + 1e-12) + 1e-14).all(), (method, p, dtype, rigorous)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, INF])

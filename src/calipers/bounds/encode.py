@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.interval import propagate
-from calipers.bounds.ladder import Statistics, preactivations
+from calipers.bounds.ladder import INTERMEDIATE, Statistics, preactivations
 from calipers.bounds.linear import transposed
 from calipers.bounds.sparse import Array, Sparse
 from calipers.bounds.state import State, absolute, at, describe, start
@@ -41,7 +41,6 @@ from calipers.programs import Program
 from calipers.rounding import add
 from calipers.sets import Interval, Region
 
-INTERMEDIATE = {"interval": False, "crown": True}  # whether `preactivations` tightens
 EXACT = "an exact program takes piecewise-linear ops only; ask for the linear relaxation, or for branch and bound"
 CHUNK = 1 << 22  # numbers of a Jacobian at a time
 ONE = 0  # the column that is fixed at 1: constants of objectives
@@ -147,16 +146,9 @@ def _placer(given: Mapping[str, Interval]) -> Callable[[State, Node], None]:
         for name in node.operands:
             if name in given and name not in placed and name not in state.network.graph.inputs:
                 placed.add(name)
-                replace_box(state, name, Interval(*(end.double() for end in given[name])))
+                state.replace(name, Interval(*(end.double() for end in given[name])))
 
     return place
-
-
-def replace_box(state: State, name: str, box: Interval) -> None:
-    """From here on this is the interval of ``name``."""
-    state.off_centre.add(name)
-    state.change(name)
-    state.boxes[name] = box
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor
 from calipers.bounds.interval import RULES as INTERVAL
 from calipers.bounds.interval import magnitude, propagate
 from calipers.bounds.ladder import Statistics, at_reference, chunked, interval_bounds
-from calipers.bounds.state import State, absolute, at, check_spec, flat
+from calipers.bounds.state import State, absolute, at, check_spec, flat, met
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Network, Node
 from calipers.ops import Step
@@ -165,13 +165,8 @@ def _radius(state: State, rows: Tensor, rest: Tensor | None) -> Tensor:
 def _met(state: State, name: str, center: Tensor, radius: Tensor) -> Interval:
     if state.rigorous:
         radius = radius + state.gamma(1) * (center.abs() + radius)
-    low, high = center - radius, center + radius
-    known = state.boxes.get(name)
-    if known is None:
-        return Interval(low, high)
-    low, high = torch.maximum(low, known.lower), torch.minimum(high, known.upper)
-    crossed = low > high  # by rounding
-    return Interval(torch.where(crossed, known.lower, low), torch.where(crossed, known.upper, high))
+    box, known = Interval(center - radius, center + radius), state.boxes.get(name)
+    return box if known is None else met(known, box)
 
 
 # -- the kinds ----------------------------------------------------------------------------------------------------
@@ -235,6 +230,8 @@ def _linear_part(
 ) -> Tensor:
     """L·v for values v of the perturbed arguments; by default the derivative of the op, whatever it is."""
     node = step.node
+    if not len(values[0]):  # no symbols: what is differentiated must have been used
+        return values[0].new_zeros(0, *node.shape)
     if node.op is torch.add:
         return sum(values[1:], values[0]).expand(len(values[0]), *node.shape)
     offset = OFFSET.get(node.op)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calipers.bounds.state import State, absolute
+from calipers.bounds.state import State, absolute, flat
 from calipers.graph.graph import Node
 from calipers.ops import Step
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
@@ -155,15 +155,20 @@ def _extremum(state: State, step: Step, args: list[Any], kwargs: Mapping[str, An
     return Interval(step.node.op(x.lower, *rest, **kwargs), step.node.op(x.upper, *rest, **kwargs))
 
 
+def windowed(kind: Extremum, box: Interval, *args: Any, **kwargs: Any) -> tuple[Tensor, Interval]:
+    """The flat positions (windows, k) of a maximum's windows, padding at -1, and what is known of the elements there,
+    (B, windows, k); padding is -inf."""
+    index = kind.windows(tuple(box.lower.shape[1:]), *args, **kwargs).to(box.lower.device)
+    index = index.reshape(-1, index.shape[-1])
+    ends = (torch.where(index >= 0, flat(end)[:, index.clamp_min(0)], -math.inf) for end in box)
+    return index, Interval(*ends)
+
+
 def candidates(kind: Extremum, box: Interval, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The flat positions (windows, k) of a maximum's windows, padding at 0, and which elements can be their window's
     largest, (B, windows, k); an unknown one can."""
-    index = kind.windows(tuple(box.lower.shape[1:]), *args, **kwargs).to(box.lower.device)
-    index = index.reshape(-1, index.shape[-1])
-    where = index.clamp_min(0)
-    low = torch.where(index >= 0, box.lower.flatten(1)[:, where], -math.inf)
-    high = torch.where(index >= 0, box.upper.flatten(1)[:, where], -math.inf)
-    return where, ~(high < low.amax(-1, keepdim=True)) & (index >= 0)
+    index, (low, high) = windowed(kind, box, *args, **kwargs)
+    return index.clamp_min(0), ~(high < low.amax(-1, keepdim=True)) & (index >= 0)
 
 
 RULES: dict[type, Callable[..., Interval]] = {

@@ -25,6 +25,8 @@ from calipers.bounds.state import (
     check_spec,
     flat,
     joined,
+    met,
+    stacked,
     start,
     working_dtype,
 )
@@ -36,6 +38,7 @@ from calipers.spec import Spec
 
 Statistics = Mapping[str, Tensor]
 Run = Callable[[State, Spec], Tensor]
+INTERMEDIATE = {"interval": False, "crown": True}  # name -> whether `preactivations` is to be tight
 
 
 def interval(
@@ -136,12 +139,7 @@ def preactivations(
         memory=memory,
         least=row_bytes(network, chosen),
     )
-    if len(parts) == 1:
-        return parts[0]
-    return {
-        name: Interval(*(torch.cat(ends) for ends in zip(*(p[name] for p in parts), strict=True)))
-        for name in parts[0]
-    }
+    return {name: stacked([p[name] for p in parts]) for name in parts[0]}
 
 
 def neurons(network: Network) -> int:
@@ -357,9 +355,7 @@ def refine(
         lows.append(pair[0])
         highs.append(pair[1])
     shape = state.boxes[name].lower.shape
-    state.off_centre.add(name)
-    state.change(name)
-    state.boxes[name] = Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs)))
+    state.replace(name, Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs))))
 
 
 def _halved(cut: slice) -> slice:
@@ -370,12 +366,10 @@ def _halved(cut: slice) -> slice:
 def _narrowed(
     low: Tensor, high: Tensor, index: Tensor, wanted: Tensor, new_low: Tensor, new_high: Tensor
 ) -> tuple[Tensor, Tensor]:
-    old_low, old_high = low.gather(1, index), high.gather(1, index)
-    new_low, new_high = torch.maximum(new_low, old_low), torch.minimum(new_high, old_high)
-    # ends that cross (by rounding, on a point region) or NaN leave the interval as it was; so do the elements that
-    # fill up a shorter list, lest bounds depend on the rest of the batch
-    good = (new_low <= new_high) & wanted
+    old = Interval(low.gather(1, index), high.gather(1, index))
+    new = met(old, Interval(new_low, new_high))
+    # the elements that fill up a shorter list stay as they were, lest bounds depend on the rest of the batch
     return (
-        low.scatter(1, index, torch.where(good, new_low, old_low)),
-        high.scatter(1, index, torch.where(good, new_high, old_high)),
+        low.scatter(1, index, torch.where(wanted, new.lower, old.lower)),
+        high.scatter(1, index, torch.where(wanted, new.upper, old.upper)),
     )

@@ -26,6 +26,7 @@ from calipers.bounds.state import (
     check_spec,
     describe,
     flat,
+    stacked,
     start,
     working_dtype,
 )
@@ -105,7 +106,7 @@ def jacobian(
         propagate(state, tighten=tightener(state) if tight else None)
         step = max(1, state.budget // (4 * max(len(C), 1) * row_bytes(network, chosen)))
         cuts = [_pulled(state, C[:, i : i + step]) for i in range(0, C.shape[1], step)]
-        return Interval(*(torch.cat(ends, 1) for ends in zip(*cuts, strict=True)))
+        return stacked(cuts, 1)
 
     each = example_bytes(network, 4 * spec.C.shape[1], chosen)
     each += 4 * chosen.itemsize * spec.C.shape[1] * math.prod(network.input_shape)
@@ -116,7 +117,7 @@ def jacobian(
         memory=memory,
         least=row_bytes(network, chosen),
     )
-    return Interval(*(torch.cat(ends) for ends in zip(*parts, strict=True)))
+    return stacked(parts)
 
 
 def certified_radius(

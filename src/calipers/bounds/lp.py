@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calipers.bounds.encode import Encoding, encode, prepare, replace_box
+from calipers.bounds.encode import Encoding, encode, prepare
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import Statistics, crown, undecided
 from calipers.bounds.sparse import Array
-from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.bounds.state import State, check_spec, met, stacked, start, working_dtype
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Affine
 from calipers.programs import Program, Solution, dual_value, solver
@@ -131,9 +131,13 @@ def relaxation(
         network, region, intermediate, rigorous=rigorous, memory=memory, statistics=statistics
     )
     check_spec(state, spec)
+    shape = network.input_shape
+    if not len(region):
+        none = spec.d.double()
+        points = region.center.to(network.dtype).new_empty(*none.shape, *shape)
+        return Relaxation(none, none, points, none)
     rows = [_example(state.part(slice(i, i + 1)), spec[i : i + 1]) for i in range(len(region))]
     lower, claimed, inputs = (torch.stack(part) for part in zip(*rows, strict=True))
-    shape = network.input_shape
     # an example's points are members of its region each, and run as one batch
     spots = inputs.to(network.dtype).reshape(len(region), -1, *shape).transpose(0, 1)
     members = torch.stack([region.project(x) for x in spots], 1)
@@ -240,10 +244,7 @@ def lp_preactivations(
     options: dict[str, Any] = {"rigorous": rigorous, "memory": memory, "statistics": statistics}
     each = [region[i : i + 1] for i in range(len(region))]
     parts = [tightened(network, one, _by_relaxation, **options) for one in each]
-    return {
-        name: Interval(*(torch.cat(ends) for ends in zip(*(p[name] for p in parts), strict=True)))
-        for name in parts[0]
-    }
+    return {name: stacked([p[name] for p in parts]) for name in parts[0]}
 
 
 def _by_relaxation(state: State, name: str, unit_rows: Array) -> Any:
@@ -277,19 +278,12 @@ def tightened(
             if isinstance(kind, Affine) or name not in network.graph.active or name in done:
                 continue
             done.add(name)
-            low, high = (torch.maximum, torch.minimum)
-            box = Interval(
-                *(
-                    f(a, b)
-                    for f, a, b in zip((low, high), state.boxes[name], known[name], strict=True)
-                )
-            )
-            replace_box(state, name, box)
+            box = met(state.boxes[name], known[name])
+            state.replace(name, box)
             wanted = np.flatnonzero(undecided(state, node, kind, name)[0].numpy())
             if len(wanted):
-                replace_box(
-                    state, name, _narrowed(box, wanted, minimum(state, name, _sides(wanted, box)))
-                )
+                found = minimum(state, name, _sides(wanted, box))
+                state.replace(name, _narrowed(box, wanted, found))
 
     propagate(state, tighten=tighten)
     return state.boxes
@@ -304,11 +298,6 @@ def _sides(wanted: Array, box: Interval) -> Array:
 
 def _narrowed(box: Interval, wanted: Array, found: Array) -> Interval:
     low, high = (end.reshape(-1).clone() for end in box)
-    new = torch.from_numpy(found)
-    half = len(wanted)
-    lower = torch.maximum(low[wanted], new[:half])
-    upper = torch.minimum(high[wanted], -new[half:])
-    good = lower <= upper  # ends that cross, by rounding, leave the interval as it was
-    low[wanted] = torch.where(good, lower, low[wanted])
-    high[wanted] = torch.where(good, upper, high[wanted])
+    lower, negated = torch.from_numpy(found).chunk(2)
+    low[wanted], high[wanted] = met(Interval(low[wanted], high[wanted]), Interval(lower, -negated))
     return Interval(low.reshape(box.lower.shape), high.reshape(box.upper.shape))

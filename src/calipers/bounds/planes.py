@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calipers.bounds.interval import windowed
 from calipers.bounds.patches import Parts
 from calipers.bounds.state import State, dot, flat
 from calipers.graph.graph import Node
@@ -64,13 +65,8 @@ class _Windows(NamedTuple):
 def _windows(state: State, kind: Extremum, node: Node) -> _Windows:
     args, kwargs = state.arguments(node)
     z, out = flat(args[0]), flat(state.env[node.name])
-    box = state.boxes[node.operands[0]]
-    index = kind.windows(tuple(args[0].shape[1:]), *args[1:], **kwargs).to(z.device)
-    index = index.reshape(-1, index.shape[-1])
-    where = index.clamp_min(0)
-    low = torch.where(index >= 0, flat(box.lower)[:, where], -math.inf)
-    high = torch.where(index >= 0, flat(box.upper)[:, where], -math.inf)
-    places = where.expand(len(z), -1, -1)
+    index, (low, high) = windowed(kind, state.boxes[node.operands[0]], *args[1:], **kwargs)
+    places = index.clamp_min(0).expand(len(z), -1, -1)
 
     def position(pick: Tensor) -> Tensor:
         return places.gather(2, pick.unsqueeze(2)).squeeze(2)

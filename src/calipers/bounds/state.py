@@ -139,6 +139,12 @@ class State:
         for key in [k for k in self.cache if k[1] in (name, "table")]:
             del self.cache[key]
 
+    def replace(self, name: str, box: Interval) -> None:
+        """From here on this is the interval of ``name``, wherever its reference lies."""
+        self.off_centre.add(name)
+        self.change(name)
+        self.boxes[name] = box
+
     def forget(self, name: str) -> None:
         """Nobody will ask for this value's interval again."""
         del self.boxes[name], self.env[name]
@@ -206,6 +212,18 @@ def flat(value: Tensor, lead: int = 1) -> Tensor:
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+
+def stacked(parts: Sequence[Interval], dim: int = 0) -> Interval:
+    """The intervals of all parts, one after the other."""
+    return Interval(*(joined(list(ends), dim) for ends in zip(*parts, strict=True)))
+
+
+def met(known: Interval, new: Interval) -> Interval:
+    """Their intersection; ``known`` where they do not meet (by rounding, on a point region) or one is NaN."""
+    low, high = torch.maximum(known.lower, new.lower), torch.minimum(known.upper, new.upper)
+    good = low <= high
+    return Interval(torch.where(good, low, known.lower), torch.where(good, high, known.upper))
 
 
 def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.interval import candidates
-from calipers.bounds.ladder import preactivations
+from calipers.bounds.ladder import INTERMEDIATE, preactivations
 from calipers.graph.graph import Graph, Network, Node, bind, resolve
 from calipers.ops import kind_of
 from calipers.ops.kinds import Activation, Affine, Extremum
 from calipers.sets import Interval, Region
-
-RUNGS = {"interval": False, "crown": True}  # name -> whether `preactivations` is to be tight
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def layer_widths(
     with torch.no_grad():
         known = {
             rung: preactivations(network, region, tight=tight, dtype=dtype, memory=memory)
-            for rung, tight in RUNGS.items()
+            for rung, tight in INTERMEDIATE.items()
         }
         env = bind(graph, network.module, dtype=dtype or network.dtype)
         rows = [

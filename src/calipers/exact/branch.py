@@ -19,7 +19,7 @@ from torch import Tensor
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import functionals, neurons, tightener
 from calipers.bounds.slopes import ascended, tighten
-from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start, working_dtype
 from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
 from calipers.exact.outcome import Outcome
@@ -122,6 +122,9 @@ class Search:
         open_, low = self.root()
         if not open_.any():
             return
+        if not bool(torch.isfinite(low[open_[self.spec.clause]]).all()):
+            self.reason = "bounds of the whole region are not finite, and splits of neurons will not make them so"
+            return
         stack = [self.sure.root(*self._starts(open_, low))]
         stack[0] = self.improved(stack[0])
         while stack and self.point is None:
@@ -143,8 +146,12 @@ class Search:
             children = self.split(domains, splittable)
             self.count += len(children)
             stack.append(self.improved(children))
+            left = sum(map(len, stack))
+            if left * children.bytes_each > (self.memory or DEFAULT_MEMORY):
+                self.reason = f"{left} open sub-problems are more than the memory limit holds"
+                return
             if self.progress:
-                self.progress(replace(self.outcome(), reason=f"{sum(map(len, stack))} open"))
+                self.progress(replace(self.outcome(), reason=f"{left} open"))
         if self.point is None:
             self.lower = max(self.lower, math.ulp(0.0))
 

@@ -76,6 +76,11 @@ class Domains:
         """(n,) the number of splits."""
         return (self.where >= 0).sum(1)
 
+    @property
+    def bytes_each(self) -> float:
+        """Memory of one sub-problem."""
+        return sum(getattr(self, f.name).nbytes for f in fields(self)) / max(len(self), 1)
+
     def __getitem__(self, index: Tensor | slice) -> Domains:
         return Domains(*(getattr(self, f.name)[index] for f in fields(self)))
 

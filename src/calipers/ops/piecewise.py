@@ -105,41 +105,59 @@ def _limits(low: Any, high: Any) -> tuple[float, float]:
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
-def _clamp_relax(x: Interval, low: Any = None, high: Any = None) -> Lines:
-    """Each side has two candidate lines (a constant and one through a corner); the one with less area is taken."""
+def _clamp_steepest(
+    x: Interval, a: float, b: float
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The steepest sound line of the lower and of the upper side, by slope and a point where it meets the function.
+
+    Beyond a limit that is the line through the limit's corner and the other end, and every flatter one through the
+    corner down to the constant is sound too; elsewhere the chord.
+    """
+    l, u = x
+    fl, fu = l.clamp(a, b), u.clamp(a, b)
+    slope, _ = chord(lambda z: z.clamp(a, b), x, ((l >= a) & (u <= b)).to(l.dtype))
+
+    def through(rise: Tensor, height: Tensor, beyond: Tensor) -> Tensor:
+        steep = torch.where(rise > 0, height / torch.where(rise > 0, rise, 1.0), 0.0)
+        return torch.where(beyond, steep, slope)
+
+    low_at = torch.where(l < a, a if math.isfinite(a) else 0.0, l)
+    high_at = torch.where(u > b, b if math.isfinite(b) else 0.0, u)
+    low = through(u - low_at, fu - low_at, l < a)
+    high = through(high_at - l, high_at - fl, u > b)
+    return (low, low_at), (high, high_at)
+
+
+def _clamp_lines(
+    x: Interval, lower: Tensor, upper: Tensor, low: Any = None, high: Any = None
+) -> Lines:
+    """Lines through the corners, ``lower`` and ``upper`` times as steep as they may be."""
     a, b = _limits(low, high)
     l, u = x
-
-    def f(z: Tensor) -> Tensor:
-        return z.clamp(a, b)
-
-    fl, fu = f(l), f(u)
-    inner = ((l >= a) & (u <= b)).to(l.dtype)
-    slope, offset = chord(f, x, inner)
-    zero = torch.zeros_like(l)
-    # upper side: the constant f(u), or the line from (l, f(l)) to the corner (b, b) if that comes before u
-    corner = torch.where(u > b, b if math.isfinite(b) else 0.0, u)
-    rise = corner - l
-    up_slope = torch.where(
-        u > b, torch.where(rise > 0, (corner - fl) / torch.where(rise > 0, rise, 1.0), zero), slope
-    )
-    up_slope = torch.where((u > b) & (up_slope * (u - l) > 2 * (fu - fl)), zero, up_slope)
-    up_offset = torch.where(u > b, fu - up_slope * corner, offset)
-    # lower side: the constant f(l), or the line from the corner (a, a) to (u, f(u))
-    corner = torch.where(l < a, a if math.isfinite(a) else 0.0, l)
-    rise = u - corner
-    lo_slope = torch.where(
-        l < a, torch.where(rise > 0, (fu - corner) / torch.where(rise > 0, rise, 1.0), zero), slope
-    )
-    lo_slope = torch.where((l < a) & (lo_slope * (u - l) > 2 * (fu - fl)), zero, lo_slope)
-    lo_offset = torch.where(l < a, fl - lo_slope * corner, offset)
-    constant = fl == fu
+    fl, fu = l.clamp(a, b), u.clamp(a, b)
+    (low_slope, low_at), (high_slope, high_at) = _clamp_steepest(x, a, b)
+    low_slope = torch.where(l < a, lower * low_slope, low_slope)
+    high_slope = torch.where(u > b, upper * high_slope, high_slope)
+    constant, zero = fl == fu, torch.zeros_like(l)
     return Lines(
-        torch.where(constant, zero, lo_slope),
-        torch.where(constant, fl, lo_offset),
-        torch.where(constant, zero, up_slope),
-        torch.where(constant, fu, up_offset),
+        torch.where(constant, zero, low_slope),
+        torch.where(constant, fl, low_at.clamp(a, b) - low_slope * low_at),
+        torch.where(constant, zero, high_slope),
+        torch.where(constant, fu, high_at.clamp(a, b) - high_slope * high_at),
     )
+
+
+def _clamp_start(x: Interval, low: Any = None, high: Any = None) -> tuple[Tensor, Tensor]:
+    """On each side the steepest line or the constant, whichever leaves less area."""
+    a, b = _limits(low, high)
+    l, u = x
+    rise = 2 * (u.clamp(a, b) - l.clamp(a, b))
+    (low_slope, _), (high_slope, _) = _clamp_steepest(x, a, b)
+    return tuple((s * (u - l) <= rise).to(l.dtype) for s in (low_slope, high_slope))  # type: ignore[return-value]
+
+
+def _clamp_relax(x: Interval, low: Any = None, high: Any = None) -> Lines:
+    return _clamp_lines(x, *_clamp_start(x, low, high), low, high)
 
 
 def _clamp_linear(x: Interval, low: Any = None, high: Any = None) -> Tensor:
@@ -238,6 +256,7 @@ PIECEWISE: dict[Callable[..., Any], Activation] = {
         _clamp_linear,
         _clamp_pieces,
         ulps=1.0,  # its limits are rounded to the dtype
+        tuned=Tuned(_clamp_lines, _clamp_start),
     ),
     torch.sign: _step(torch.sign),
     prim.step: _step(prim.step),
