@@ -79,7 +79,8 @@ class Domains:
     @property
     def bytes_each(self) -> float:
         """Memory of one sub-problem."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self)) / max(len(self), 1)
+        size: int = sum(getattr(self, f.name).nbytes for f in fields(self))
+        return size / max(len(self), 1)
 
     def __getitem__(self, index: Tensor | slice) -> Domains:
         return Domains(*(getattr(self, f.name)[index] for f in fields(self)))
