@@ -125,10 +125,10 @@ OPS: dict[Any, Callable[..., Values]] = {
 }
 
 
-def outputs(network: Network, x: Tensor) -> Values:
-    """The output of one example (without a batch), parameters as they are stored."""
+def trace(network: Network, x: Values) -> dict[str, Values]:
+    """All values of one example ``x`` of rationals (without a batch), parameters as they are stored."""
     module: Any = network.module
-    values: dict[str, Values] = {"x": rational(x)}
+    values: dict[str, Values] = {"x": x}
 
     def argument(item: Any) -> Any:
         if not isinstance(item, Ref):
@@ -139,7 +139,12 @@ def outputs(network: Network, x: Tensor) -> Values:
 
     for node in network.graph.nodes:
         values[node.name] = OPS[node.op](*(argument(a) for a in node.args))
-    return values[network.graph.output]
+    return values
+
+
+def outputs(network: Network, x: Tensor) -> Values:
+    """The output of one example."""
+    return trace(network, rational(x))[network.graph.output]
 
 
 def functionals(network: Network, spec: Spec, x: Tensor) -> list[list[Fraction]]:

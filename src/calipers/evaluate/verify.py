@@ -40,10 +40,10 @@ from calipers.vnnlib import Case, Query
 Verdict = Literal["sat", "unsat", "unknown", "timed-out"]
 BOUNDS = (interval, crown_ibp, crown)
 FIRST = 0.05  # seconds of attack before any bound
-ATTACK = 0.05  # the part of the time left that the attack before the complete search may take
+ATTACK = 0.2  # the part of the time left that the attack before the complete search may take
 LONGEST, LONGEST_FEW = (
-    1.5,
-    0.3,
+    5.0,
+    1.0,
 )  # seconds of it at most; few inputs: searches find witnesses themselves
 LAST = 10.0  # seconds of attack at most where searches give up before the time is up
 ROUNDS = 9  # batches of points of an attack where work is limited, not time

@@ -20,6 +20,7 @@ from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import functionals, neurons, tightener
 from calipers.bounds.slopes import ascended, tighten
 from calipers.bounds.state import State, check_spec, start, working_dtype
+from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
 from calipers.exact.outcome import Outcome
 from calipers.graph.graph import Network
@@ -30,8 +31,11 @@ from calipers.spec import Spec
 LARGE = 4000  # neurons from which on the root's bounds are computed in float32
 METRIC = 0.1, 1.0, 0.1  # how far choices, multipliers and weights may move, relative to each other
 MOMENTUM = 0.7
+VALUES = 1 << 19
+PATIENCE = 25  # times as many steps for what cannot be split further
+EASY = 512  # sub-problems before which no interval is computed again
 ROWS = 512  # intermediate bounds computed together
-REACH = 0.5  # steps aim at a positive bound, so far on the other side of zero
+REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
 
 
@@ -44,20 +48,20 @@ def branch(
     memory: int | None = None,
     attack: Callable[[Region, Spec], Tensor] | None = None,  # noqa: ARG001
     progress: Callable[[Outcome], None] | None = None,
-    batch: int = 128,
+    batch: int | None = None,
     steps: int = 8,
-    candidates: int = 4,
+    candidates: int = 8,
     score: str = "gap",
-    period: int = 4,
+    period: int = 3,
 ) -> Outcome:
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
     Args:
-        batch: sub-problems bounded together.
+        batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 32 to 1024.
         steps: ascent steps on the lines and multipliers of a batch.
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
         score: how candidates are found, a name of `SCORES`.
-        period: splits after which a sub-problem's intervals are computed again.
+        period: splits at least after which a sub-problem's intervals are computed again.
 
     Raises:
         UnsupportedOp: an op of the network has no entry in the op table.
@@ -71,6 +75,9 @@ def branch(
         raise ValueError(f"region: {len(region)} examples; a search takes one")
     if score not in SCORES:
         raise ValueError(f"score: {score!r} is not one of {', '.join(SCORES)}")
+    if batch is None:
+        values = sum(math.prod(node.shape) for node in network.graph.nodes)
+        batch = min(max(VALUES // values, 32), 1024)
     search = Search(
         network, region, spec, deadline, memory, progress, batch, steps, candidates, score, period
     )
@@ -108,7 +115,8 @@ class Search:
         self.point: Tensor | None = None
 
     def outcome(self) -> Outcome:
-        return Outcome(self.lower, self.point, self.count, self.reason)
+        reason = "" if self.point is not None else self.reason
+        return Outcome(self.lower, self.point, self.count, reason)
 
     def run(self) -> None:
         open_, low = self.root()
@@ -125,9 +133,13 @@ class Search:
             if not len(domains):
                 continue
             splittable = self.problem.undecided(domains)
-            if not splittable.any(1).all():
-                self.reason = "no neuron is left to split"
-                return
+            done = ~splittable.any(1)
+            if bool(done.any()):
+                if not self.finished(domains[done]):
+                    return
+                domains, splittable = domains[~done], splittable[~done]
+                if not len(domains):
+                    continue
             children = self.split(domains, splittable)
             self.count += len(children)
             stack.append(self.improved(children))
@@ -153,6 +165,8 @@ class Search:
             tighten(state, C, wanted, steps=4, share=0.999)
             low = torch.maximum(low, ascended(state, C, d, wanted, steps=12))
             open_ = self._open(low)
+        if open_.any() and not large:  # what mattered little before may matter among many splits
+            tighten(state, C, open_[self.spec.clause].unsqueeze(0), steps=4, share=1.0)
         self._keep(low)
         if open_.any():
             members = _members(self.spec)
@@ -241,6 +255,7 @@ class Search:
                 old[alive] = new.detach()
             if not i:
                 target = REACH * value.abs()
+            if i % 8 == 0:
                 self._try(rows.detach())
             open_ = ~(value > 0)
             if last or not bool(open_.any()):
@@ -276,9 +291,26 @@ class Search:
         left = domains[~proved]
         return replace(left, bound=left.bound.clamp_max(0.0))
 
+    def finished(self, domains: Domains) -> bool:
+        """Whether sub-problems without a neuron to split, linear programs by now, are proved by patience."""
+        few, self.steps = self.steps, PATIENCE * self.steps
+        left = self.closed(self.improved(domains))
+        self.steps = few
+        if len(left) and self.point is None:
+            self.reason = "a sub-problem without a neuron to split stayed open"
+        return not len(left)
+
     def refreshed(self, domains: Domains) -> Domains:
-        """With intervals of their own where enough splits have been made since the last time; without empty ones."""
-        due = domains.depth - domains.fresh >= self.period
+        """With intervals of their own where enough splits have been made since the last time; without empty ones.
+
+        Each split doubles the sub-problems below: the more rows an interval costs, the later it pays; and on an easy
+        problem never.
+        """
+        if self.count < EASY:
+            return domains
+        rows = 4.0 * self.problem.undecided(domains)[:, self.problem.first :].sum(1)
+        period = (rows / (6 * self.steps) + 1).log2().ceil() + 1
+        due = domains.depth - domains.fresh >= period.clamp_min(self.period)
         if not bool(due.any()):
             return domains
         some, empty = self.sure.refreshed(domains[due], ROWS)
@@ -328,7 +360,7 @@ class Search:
         x = self.region[index].maximizer(-rows.double()).to(self.network.dtype)
         failed = torch.nonzero(self.spec[index].violated(self.network(x))).flatten()
         for i in failed.tolist():
-            if bool(self.region.contains(x[i : i + 1])[0]):
+            if witness(self.network, self.region, self.spec, x[i : i + 1]).upper.item() <= 0:
                 self.point = x[i]
                 return
 

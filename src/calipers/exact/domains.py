@@ -184,6 +184,11 @@ class Problem:
             torch.zeros(n, dtype=torch.long),
         )
 
+    @property
+    def first(self) -> int:
+        """How many undecided elements the first layer has: their intervals do not change."""
+        return next((v.span.stop for v in self.layers.values()), 0)
+
     def starts(self, box: Interval) -> Tensor:
         """Where to start the lines' numbers on intervals (n, U): (n, T)."""
         found = [box.lower[:, :0]]
