@@ -24,7 +24,7 @@ from calipers.exact.boxes import Boxes, Planes, blend, halves, trimmed
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
-from patterns import exact_margin
+from exact_checks import pattern_minimum
 
 F64 = torch.float64
 CLAUSES = {
@@ -61,7 +61,7 @@ def shifted(spec: Spec, by: float) -> Spec:
 @pytest.mark.parametrize("seed", range(3))
 def test_agrees_with_a_linear_program_for_every_activation_pattern(seed: int, kind: str) -> None:
     network, spec = shallow(seed), some_spec(seed, CLAUSES[kind])
-    least = exact_margin(network, unit_box(), spec)
+    least = pattern_minimum(network, unit_box(), spec)
     robust = shifted(spec, 0.01 - least)
     outcome = decide(network, unit_box(), robust)
     assert outcome.robust
@@ -189,7 +189,7 @@ def volume(boxes: Boxes) -> Fraction:
 def test_proved_boxes_cover_the_region_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without trimming, the boxes that are proved have the region's volume, in rational arithmetic."""
     network, spec = shallow(1, 6), some_spec(1, CLAUSES["both"])
-    spec = shifted(spec, 0.003 - exact_margin(network, unit_box(), spec))
+    spec = shifted(spec, 0.003 - pattern_minimum(network, unit_box(), spec))
     region = Region.box(
         torch.tensor([[-0.9, -1.0]], dtype=F64), torch.tensor([[0.7, 1 / 3]], dtype=F64)
     )

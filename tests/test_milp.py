@@ -26,7 +26,7 @@ from calipers.programs import Limits, Program, apart
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 from networks import ARCHITECTURES
-from patterns import exact_margin, exact_minimum, layers
+from patterns import exact_minimum, layers
 
 F64, INF = torch.float64, math.inf
 TIME = 120.0  # seconds: never reached, these are tiny
@@ -106,7 +106,7 @@ def test_verdicts_on_general_specifications(clause: list[int], seed: int) -> Non
     network = networks.mlp(seed, (3, 4, 3, 4))
     region, _ = setting(network)
     C = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
-    exact = exact_margin(network, region, clauses(C, clause, 0.0))
+    exact = pattern_minimum(network, region, clauses(C, clause, 0.0))
     robust = milp(network, region, clauses(C, clause, 1e-3 - exact), deadline=deadline())
     assert robust.robust
     assert 0 < robust.lower <= 1e-3 + 1e-6

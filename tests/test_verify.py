@@ -73,7 +73,7 @@ def test_both_versions_have_one_answer(square: Square, unsafe: str, kind: str) -
 def test_a_declared_type_covers_the_forward_pass(square: Square) -> None:
     """Y_0 <= 2 in real arithmetic; that float32 may exceed it by rounding is not excluded, unless asked not to care."""
     just = SECOND.format(kind="float32", unsafe="(>= Y[0,0] 2.0000001)")
-    assert ask(square, just).verdict != "unsat"
+    assert ask(square, just, seconds=2.0).verdict != "unsat"
     assert ask(square, just, real=True).verdict == "unsat"
     assert ask(square, just.replace("float32", "real")).verdict == "unsat"
     clear = SECOND.format(kind="float32", unsafe="(>= Y[0,0] 2.01)")
