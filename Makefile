@@ -15,7 +15,7 @@ $(VENV)/tools: $(VENV)/installed
 	touch $@
 
 audit: $(VENV)/installed          ## bracket the robust accuracy of the built-in network
-	$(BIN)/calipers audit --report audit.html
+	$(BIN)/calipers audit --budget 60s --report audit.html
 
 test: $(VENV)/tools               ## all tests
 	$(BIN)/python -m pytest -q

@@ -242,7 +242,7 @@ def test_ctrl_c_keeps_what_is_done(network):
 
     out = audit(network, digits(), THREAT, progress=progress)
     assert out.stopped == "interrupted"
-    assert [r.note for r in out.methods] == ["", "", "interrupted"] + ["not reached"] * 5
+    assert [r.note for r in out.methods] == ["", "", "interrupted"] + ["not reached"] * 6
     assert out.methods[2].tried == 1
     assert out.clean_accuracy > out.empirical
     assert out.cut.sum() == out.unknown
@@ -404,13 +404,13 @@ def test_agreement_is_reported(result):
 # -- forms of the result ---------------------------------------------------------------------------------------
 
 
-def test_json_and_table(result):
+def test_json_and_table(result, network):
     out = result.json()
     assert out["n"] == out["population"] == 80
     assert out["clean_accuracy"] >= out["empirical_accuracy"] >= out["certified_accuracy"]
     assert out["unknown"] + out["robust"] + out["vulnerable"] == 80
     assert out["threat"] == {"norm": "linf", "eps": "0.1", "lower": 0.0, "upper": 1.0}
-    assert [m["name"] for m in out["methods"]] == [s.name for s in default_cascade()]
+    assert [m["name"] for m in out["methods"]] == [s.name for s in default_cascade(network)]
     text = shown(result.table())
     for part in ("robust accuracy between", "certified accuracy", "auto", "crown_ibp"):
         assert part in text
@@ -429,9 +429,9 @@ def test_stages_describe_themselves():
 def test_explain_nests(network):
     out = explain(network, digits(), THREAT, index=5)
     sides = [v.side for v in out.values]
-    assert sides == ["bound"] * 3 + ["attack"] * 4
+    assert sides == ["bound"] * 4 + ["attack"] * 4
     margins = [v.margin for v in out.values]
-    bounds, attacks = margins[:3], margins[3:]
+    bounds, attacks = margins[:4], margins[4:]
     assert bounds == sorted(bounds)
     assert attacks == sorted(attacks)
     assert bounds[-1] <= attacks[0]

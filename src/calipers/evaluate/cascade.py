@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks import auto, fgsm, pgd
-from calipers.bounds import crown, crown_ibp, interval
+from calipers.bounds import alpha_crown, crown, crown_ibp, interval
 from calipers.bounds.ladder import neurons
 from calipers.errors import unknown_name
 from calipers.evaluate.solvers import complete
@@ -78,27 +78,23 @@ def clean(
 
 
 def default_cascade(network: Network | None = None) -> tuple[Stage, ...]:
-    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN and the attack cascade, by rising cost for ``network``; then
-    complete search, which needs a time limit.
+    """clean, interval, FGSM, CROWN-IBP, PGD-20, CROWN, alpha-CROWN and the attack cascade, by rising cost for
+    ``network``; then complete search, which needs a time limit.
 
-    CROWN pulls back two rows per neuron, so on a large network it comes last, and works in float32, where it takes half
+    CROWN pulls back two rows per neuron, so on a large network it comes late, and works in float32, where it takes half
     the time and memory and the rounding that it subtracts is still small beside the margins.
     """
     search = partial(pgd, loss="margin", drop=True)
     rows = 0 if network is None else 2 * neurons(network)
+    precision = torch.float32 if rows > LARGE else torch.float64
     stages = (
         Stage("clean", "attack", clean, 1),
         Stage("interval", "bound", interval, 2),
         Stage("fgsm", "attack", fgsm, 3),
         Stage("crown_ibp", "bound", crown_ibp, 15),
         Stage("pgd-20", "attack", partial(search, steps=20), 40),
-        Stage(
-            "crown",
-            "bound",
-            crown,
-            max(rows, 100),
-            torch.float32 if rows > LARGE else torch.float64,
-        ),
+        Stage("crown", "bound", crown, max(rows, 100), precision),
+        Stage("alpha_crown", "bound", alpha_crown, max(6 * rows, 500), precision),
         Stage("auto", "attack", auto, 600),
         Stage("complete", "exact", complete, math.inf),
     )
