@@ -171,7 +171,7 @@ def check_refreshed(monkeypatch: pytest.MonkeyPatch, refreshed: Any) -> None:
         return found
 
     monkeypatch.setattr(Search, "refreshed", spied)
-    monkeypatch.setattr(search, "EASY", 0)  # small as they are
+    monkeypatch.setattr(search, "SHARE", 1e9)  # small as they are
     for seed in (3, 4, 7, 9):
         network = dense(seed, (2, 5, 4, 3))
         region, spec = box(network, seed), drawn(seed, [0, 1, 1], 3)

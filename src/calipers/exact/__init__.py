@@ -1,5 +1,6 @@
 """Exact decisions: searches that end in a proof or a witness."""
 
+from calipers.exact.branch import branch as branch
 from calipers.exact.inputs import split_inputs as split_inputs
 from calipers.exact.milp import Certification as Certification
 from calipers.exact.milp import Optimum as Optimum

@@ -33,7 +33,7 @@ METRIC = 0.1, 1.0, 0.1  # how far choices, multipliers and weights may move, rel
 MOMENTUM = 0.7
 VALUES = 1 << 19
 PATIENCE = 25  # times as many steps for what cannot be split further
-EASY = 512  # sub-problems before which no interval is computed again
+SHARE = 0.25  # of the rows bounded so far that intervals computed again may cost
 ROWS = 512  # intermediate bounds computed together
 REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
@@ -46,7 +46,7 @@ def branch(
     *,
     deadline: float,
     memory: int | None = None,
-    attack: Callable[[Region, Spec], Tensor] | None = None,  # noqa: ARG001
+    attack: Callable[[Region, Spec], Tensor] | None = None,
     progress: Callable[[Outcome], None] | None = None,
     batch: int | None = None,
     steps: int = 8,
@@ -83,6 +83,8 @@ def branch(
     )
     with torch.no_grad():
         try:
+            if attack is not None:
+                search.judge(attack(region, spec).detach())
             search.run()
         except TimeoutError:
             search.reason = search.reason or "the time is up"
@@ -112,6 +114,9 @@ class Search:
         self.score = SCORES[score]
         self.period = period
         self.lower, self.count, self.reason = -math.inf, 0, ""
+        self.work = self.renewed = (
+            0  # rows of all passes, and of those for intervals computed again
+        )
         self.point: Tensor | None = None
 
     def outcome(self) -> Outcome:
@@ -119,6 +124,8 @@ class Search:
         return Outcome(self.lower, self.point, self.count, reason)
 
     def run(self) -> None:
+        if self.point is not None:
+            return
         open_, low = self.root()
         if not open_.any():
             return
@@ -129,21 +136,16 @@ class Search:
         stack[0] = self.improved(stack[0])
         while stack and self.point is None:
             stack[-1] = self.closed(stack[-1])
-            domains = _taken(stack, self.batch)
-            if not len(domains):
-                continue
-            domains = self.refreshed(domains)
+            domains = self.refreshed(_taken(stack, self.batch))
             if not len(domains):
                 continue
             splittable = self.problem.undecided(domains)
             done = ~splittable.any(1)
-            if bool(done.any()):
-                if not self.finished(domains[done]):
-                    return
-                domains, splittable = domains[~done], splittable[~done]
-                if not len(domains):
-                    continue
-            children = self.split(domains, splittable)
+            if bool(done.any()) and not self.finished(domains[done]):
+                return
+            if bool(done.all()):
+                continue
+            children = self.split(domains[~done], splittable[~done])
             self.count += len(children)
             stack.append(self.improved(children))
             left = sum(map(len, stack))
@@ -253,6 +255,7 @@ class Search:
             last = i == self.steps
             for leaf in work.leaves:
                 leaf.requires_grad_(not last)
+            self.work += len(alive) * (1 if last else 3)
             with torch.set_grad_enabled(not last):
                 bound, rows = work.evaluate()
                 total = bound.sum()
@@ -310,16 +313,14 @@ class Search:
     def refreshed(self, domains: Domains) -> Domains:
         """With intervals of their own where enough splits have been made since the last time; without empty ones.
 
-        Each split doubles the sub-problems below: the more rows an interval costs, the later it pays; and on an easy
-        problem never.
+        No more of them than `SHARE` of the work so far pays for: an element costs two rows, twice as dear in float64.
         """
-        if self.count < EASY:
-            return domains
-        rows = 4.0 * self.problem.undecided(domains)[:, self.problem.first :].sum(1)
-        period = (rows / (6 * self.steps) + 1).log2().ceil() + 1
-        due = domains.depth - domains.fresh >= period.clamp_min(self.period)
+        due = domains.depth - domains.fresh >= self.period
+        costs = 4 * self.problem.undecided(domains)[:, self.problem.first :].sum(1)
+        due &= (costs * due).cumsum(0) <= SHARE * self.work - self.renewed
         if not bool(due.any()):
             return domains
+        self.renewed += int(costs[due].sum())
         some, empty = self.sure.refreshed(domains[due], ROWS)
         return joined([domains[~due], some[~empty]])
 
@@ -364,11 +365,16 @@ class Search:
     def _try(self, rows: Tensor) -> None:
         """Evaluate the network where the bounds' linear functions are lowest."""
         index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        x = self.region[index].maximizer(-rows.double()).to(self.network.dtype)
-        failed = torch.nonzero(self.spec[index].violated(self.network(x))).flatten()
+        self.judge(self.region[index].maximizer(-rows.double()).to(self.network.dtype))
+
+    def judge(self, points: Tensor) -> None:
+        """Keep the first of ``points`` (n, *x) that `witness` accepts."""
+        spec = self.spec[torch.zeros(len(points), dtype=torch.long, device=points.device)]
+        failed = torch.nonzero(spec.violated(self.network(points))).flatten()
         for i in failed.tolist():
-            if witness(self.network, self.region, self.spec, x[i : i + 1]).upper.item() <= 0:
-                self.point = x[i]
+            x = points[i : i + 1]
+            if witness(self.network, self.region, self.spec, x).upper.item() <= 0:
+                self.point = x[0]
                 return
 
 
