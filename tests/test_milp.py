@@ -25,6 +25,7 @@ from calipers.graph.graph import Network
 from calipers.programs import Limits, Program, apart
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
+from exact_checks import pattern_minimum
 from networks import ARCHITECTURES
 from patterns import exact_minimum, layers
 
@@ -240,9 +241,14 @@ def test_ctrl_c_ends_the_child() -> None:
     program, cost = knapsack()
     children: list[int] = []
 
+    def running() -> list[int]:
+        pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+        return [p for p in pids if child_of_us(p)]
+
+    before = running()  # of other tests
+
     def interrupt(_i: int, _s: Any) -> None:
-        pids = [p.name for p in Path("/proc").iterdir() if p.name.isdigit()]
-        children.extend(int(p) for p in pids if child_of_us(int(p)))
+        children.extend(p for p in running() if p not in before)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
