@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.falsify import Suggestion, falsify
-from calipers.bounds import crown, crown_ibp, interval
+from calipers.bounds import alpha_crown, crown, crown_ibp, interval
 from calipers.bounds.corners import corners
 from calipers.bounds.deployed import deviation
+from calipers.bounds.ladder import neurons
 from calipers.bracket import Model, witness
 from calipers.errors import CalipersError, ModelError, UnsupportedOp
+from calipers.evaluate.cascade import LARGE
 from calipers.evaluate.checks import agreement, check_parameters, onnxruntime_replica
 from calipers.evaluate.limits import TimeIsUp, alarm
 from calipers.evaluate.solvers import FEW, complete, harder, problem
@@ -40,6 +42,7 @@ from calipers.vnnlib import Case, Query
 Verdict = Literal["sat", "unsat", "unknown", "timed-out"]
 BOUNDS = (interval, crown_ibp, crown)
 FIRST = 0.05  # seconds of attack before any bound
+SECOND = 0.5  # seconds of attack before bounds are optimised
 ATTACK = 0.2  # the part of the time left that the attack before the complete search may take
 LONGEST, LONGEST_FEW = (
     5.0,
@@ -258,6 +261,13 @@ class _Search:
             self.bound(method)
             if not self.open():
                 return
+        if not self.few:  # there the complete search bounds cheaply enough
+            self.stage = "attack"
+            self.attack(self.left if self.domains is not None else min(ATTACK * self.left, SECOND))
+            self.stage = "alpha_crown"
+            self.bound(alpha_crown)
+            if not self.open():
+                return
         self.stage = "attack"
         longest = LONGEST_FEW if self.few else LONGEST
         self.attack(self.left if self.domains is not None else min(ATTACK * self.left, longest))
@@ -391,7 +401,8 @@ class _Search:
         return harder(case.spec, radius)
 
     def bound(self, method: Callable[..., Tensor]) -> None:
-        """Lower bounds of the open boxes by one method."""
+        """Lower bounds of the open boxes by one method; of large networks in float32, rounding subtracted too."""
+        dtype = torch.float32 if 2 * neurons(self.network) > LARGE else torch.float64
         for place, (region, spec) in enumerate(self.safe_cases):
             boxes = [b for b in self.open() if b.case == place]
             if not boxes:
@@ -400,7 +411,7 @@ class _Search:
             try:
                 with torch.no_grad():
                     values = method(
-                        self.network, region[rows], spec[rows], dtype=torch.float64, rigorous=True,
+                        self.network, region[rows], spec[rows], dtype=dtype, rigorous=True,
                         memory=self.memory,
                     )  # fmt: skip
             except UnsupportedOp as error:
