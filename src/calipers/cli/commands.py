@@ -29,6 +29,7 @@ from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.store import write_atomically
+from calipers.exact import EXACT
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
 from calipers.sets import ThreatModel
@@ -156,7 +157,7 @@ def methods() -> None:
     """Tables by side; what is not there yet is said."""
     sides: Sequence[tuple[str, dict[str, Callable[..., Any]]]] = (
         ("Lower bound of the adversary's loss (attacks: the upper end of the margin)", ATTACKS),
-        ("Exact", {}),
+        ("Exact", EXACT),
         ("Upper bound of the adversary's loss (bounds: the lower end of the margin)", BOUNDS),
         ("Outer minimisation (training)", {}),
     )
