@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "exact": L4,
     "data": {"errors"},
     "zoo": {"errors", "graph", "data"},
-    "models": {"errors", "graph", "zoo"},
+    "models": {"errors", "files", "graph", "zoo"},
     "training": L5 | {"zoo", "models"},
     "evaluate": L5,
     "api": L5 | {"evaluate", "models", "zoo"},
