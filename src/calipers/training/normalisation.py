@@ -99,6 +99,11 @@ def _moments(x: Tensor, *, joint: bool) -> tuple[Tensor, Tensor, int]:
     if not joint:
         var, mean = torch.var_mean(x, dims, correction=0)
         return mean, var, count
+    return _joint_moments(x, dims, count)
+
+
+def _joint_moments(x: Tensor, dims: list[int], count: int) -> tuple[Tensor, Tensor, int]:
+    """Over all processes; the gradients flow back to all of them."""
     from torch.distributed.nn.functional import all_reduce
 
     total = torch.tensor(float(count), device=x.device)
