@@ -211,7 +211,7 @@ def _needs_gpu(session: Session) -> str:
     rows = torch.arange(min(tried, len(session.data)))
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()
-        part_loss(session, rows, run.epochs).total.backward()
+        torch.autograd.backward(part_loss(session, rows, run.epochs).total)
         seconds = time.perf_counter() - begin
     hours = seconds / len(rows) * len(session.data) * run.epochs * run.replays / 3600
     said = f"about {hours:.0f} hours" if hours < 72 else f"about {hours / 24:.0f} days"

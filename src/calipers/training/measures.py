@@ -114,12 +114,13 @@ def measure(
     return Measured(len(x), clean, count, dict(zip(names, proved, strict=True)))
 
 
-def _proved(network: Network, region: Region, spec: Spec, bound: Callable[..., Tensor]) -> Tensor:
+def _proved(
+    network: Network, region: Region, spec: Spec, bound: Callable[..., Tensor], final: bool
+) -> Tensor:
     if not len(region):
         return torch.zeros(0, dtype=torch.bool, device=network.device)
-    dtype = (
-        None if network.device.type == "cpu" else torch.float64
-    )  # elsewhere float32 has no error bound
+    exact = final or network.device.type != "cpu"  # elsewhere float32 has no error bound
+    dtype = torch.float64 if exact else None
     return (bound(network, region, spec, dtype=dtype, rigorous=True) > 0).all(1)
 
 

@@ -16,9 +16,11 @@ from calipers.bounds import interval
 from calipers.describe import describe
 from calipers.errors import unknown_name
 from calipers.sets import ThreatModel, exact
+from calipers.training.objectives import Objective
 from calipers.training.schedules import Schedule, constant
 
 MEASURES = ("clean", "attacked", "certified")
+DEVICES = ("cpu", "gpu")
 STRONG = partial(pgd, steps=50, restarts=10, random_start=True)
 NOTES = ("name", "about", "minutes", "hardware", "expected", "reference")
 
@@ -58,7 +60,7 @@ class Run:
     data: str
     model: Callable[[], nn.Module]
     threat: ThreatModel
-    objective: Callable[..., Any]
+    objective: Objective
     eps: Schedule
     lr: Schedule
     epochs: int
@@ -75,7 +77,7 @@ class Run:
     augment: Callable[..., Tensor] | None = None
     validation: int = 0
     select: str | None = None
-    fallback: Callable[..., Any] | None = None
+    fallback: Objective | None = None
     attack: Callable[..., Tensor] = STRONG
     bounds: tuple[Callable[..., Tensor], ...] = (interval,)
     check: int = 1
@@ -95,24 +97,39 @@ class Run:
         for name in ("l1", "awp", "validation"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative or not finite")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: {self.clip} must be positive; None is no limit")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ValueError(f"ema: {self.ema} is not in [0, 1); None is no average")
-        if self.select is not None and self.select not in MEASURES:
-            raise unknown_name("select", self.select, MEASURES)
-        if self.select is not None and not self.validation:
-            raise ValueError(
-                f"select: {self.select!r} needs validation examples; set validation, such as 5000"
-            )
-        if self.batch % self.accumulate:
-            raise ValueError(f"accumulate: {self.accumulate} does not divide batch: {self.batch}")
-        if self.replays > 1 and self.accumulate > 1:
-            raise ValueError(
-                "replays: each carries a perturbation of the whole batch; set accumulate=1"
-            )
-        if self.device not in ("cpu", "gpu"):
-            raise unknown_name("device", self.device, ("cpu", "gpu"))
+        for name, known in (("select", (None, *MEASURES)), ("device", DEVICES)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), [k for k in known if k])
+        for wrong, message in self._combinations():
+            if wrong:
+                raise ValueError(message)
+
+    def _combinations(self) -> tuple[tuple[bool, str], ...]:
+        """What cannot be, and what to say then."""
+        clip, ema = self.clip, self.ema
+        return (
+            (clip is not None and not clip > 0, f"clip: {clip} must be positive; None: no limit"),
+            (
+                ema is not None and not 0 <= ema < 1,
+                f"ema: {ema} is not in [0, 1); None: no average",
+            ),
+            (
+                self.select is not None and not self.validation,
+                f"select: {self.select!r} needs validation examples; set validation, such as 5000",
+            ),
+            (
+                self.batch % self.accumulate > 0,
+                f"accumulate: {self.accumulate} does not divide batch: {self.batch}",
+            ),
+            (
+                self.replays > 1 and self.accumulate > 1,
+                "replays: each carries a perturbation of the whole batch; set accumulate=1",
+            ),
+            (
+                self.replays > 1 and self.awp > 0,
+                "awp: cannot be combined with replays; set one of the two to its default",
+            ),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Every field that determines the result, as text or number: what tells two runs apart."""

@@ -19,6 +19,7 @@ from calipers.seeds import mixed
 from calipers.training import health
 from calipers.training.distributed import Group
 from calipers.training.examples import Examples, per_epoch, rows_of, seeds_of
+from calipers.training.objectives import Loss
 from calipers.training.run import Run
 from calipers.training.weights import average, l1, perturbed
 
@@ -50,7 +51,6 @@ class Session:
     group: Group
     step: int = 0
     fallen: bool = False  # on the fallback objective
-    carry: Tensor | None = None
     mean: dict[str, Tensor] | None = None  # averaged weights
     best: dict[str, Any] | None = None
     sums: dict[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Session:
         return self.network.device
 
 
-STATE = ("step", "fallen", "carry", "mean", "best", "sums", "history", "findings", "seconds")
+STATE = ("step", "fallen", "mean", "best", "sums", "history", "findings", "seconds")
 
 
 # -- steps -------------------------------------------------------------------------------------------------------------
@@ -88,9 +88,10 @@ def step(session: Session) -> None:
     rows = session.group.share(batch)
     for options in session.optimiser.param_groups:
         options["lr"] = run.lr(session.epoch)
+    carry: Tensor | None = None
     for replay in range(run.replays):
         torch.manual_seed(int(mixed(torch.tensor([run.seed]), session.step * run.replays + replay)))
-        measures = _gradients(session, rows)
+        measures, carry = _gradients(session, rows, carry)
         if run.awp:
             with perturbed(module, run.awp):
                 _gradients(session, rows)
@@ -103,25 +104,26 @@ def step(session: Session) -> None:
     session.step += 1
 
 
-def _gradients(session: Session, rows: Tensor) -> dict[str, float]:
-    """The gradient of the loss on ``rows`` in the parameters' ``grad``, and the measures."""
+def _gradients(
+    session: Session, rows: Tensor, carry: Tensor | None = None
+) -> tuple[dict[str, float], Tensor | None]:
+    """The gradient of the loss on ``rows`` in the parameters' ``grad``; measures, and what a next replay needs."""
     run = session.run
     session.optimiser.zero_grad(set_to_none=True)
     parts = rows.chunk(run.accumulate)
     found: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         with _unsynchronised(session.objective, i + 1 < len(parts)):
-            loss = part_loss(session, part, session.epoch)
+            loss = part_loss(session, part, session.epoch, carry)
             weight = len(part) / len(rows)
             total = loss.total
             if run.l1:
                 total = total + run.l1 * l1(session.network.module)
-            (weight * total).backward()
-        session.carry = loss.carry if run.replays > 1 else None
+            torch.autograd.backward(weight * total)
         for name, value in {**loss.measures, "loss": total.detach()}.items():
             found[name] = found.get(name, value.new_zeros(())) + weight * value
     values = torch.stack([v.double() for v in found.values()]).tolist()  # one transfer
-    return dict(zip(found, values, strict=True))
+    return dict(zip(found, values, strict=True)), loss.carry
 
 
 def _unsynchronised(module: nn.Module, wanted: bool) -> contextlib.AbstractContextManager[None]:
@@ -130,18 +132,19 @@ def _unsynchronised(module: nn.Module, wanted: bool) -> contextlib.AbstractConte
     return contextlib.nullcontext()
 
 
-def part_loss(session: Session, rows: Tensor, epoch: float) -> Any:
+def part_loss(session: Session, rows: Tensor, epoch: float, carry: Tensor | None = None) -> Loss:
     run = session.run
     x, y = session.data[rows]
     seeds = seeds_of(rows, seed=run.seed, step=session.step)
     if run.augment is not None:
         x = run.augment(x, seeds=mixed(seeds, 1))
     knobs: dict[str, Any] = {name: schedule(epoch) for name, schedule in run.knobs.items()}
-    if run.replays > 1:
-        knobs["carry"] = session.carry
+    if carry is not None:
+        knobs["carry"] = carry
     objective = run.fallback if session.fallen else run.objective
     threat = replace(run.threat, eps=run.eps(epoch))
-    return session.objective(objective, x, y, threat, seeds=mixed(seeds, 2), **knobs)
+    found: Loss = session.objective(objective, x, y, threat, seeds=mixed(seeds, 2), **knobs)
+    return found
 
 
 def _clip(session: Session, measures: Mapping[str, float]) -> None:
