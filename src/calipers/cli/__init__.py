@@ -296,6 +296,44 @@ def replay(
 
 
 @app.command()
+def gate(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT.json", help="What calipers audit --json wrote.")
+    ],
+    certified: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least certified accuracy: 85% or 0.85.")
+    ] = None,
+    empirical: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least accuracy under attack.")
+    ] = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least accuracy without any change.")
+    ] = None,
+    estimates: Annotated[
+        bool,
+        typer.Option(
+            "--estimates",
+            help="Let the shares of a sample count as they are, not their 95 % confidence limits.",
+        ),
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", help="Write the outcome as JUnit XML.")
+    ] = None,
+) -> None:
+    """Hold an audit's result against thresholds, for continuous integration.
+
+    Exit code 0 if all hold, 1 if any fails.
+    """
+    from calipers.cli import gating
+
+    if not gating.run(
+        result, {"certified": certified, "empirical": empirical, "clean": clean},
+        estimates=estimates, junit_file=junit,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
+@app.command()
 def transfer(
     witnesses: Annotated[
         Path,
