@@ -551,6 +551,62 @@ def bench(
     raise typer.Exit(code)
 
 
+runs = typer.Typer(
+    help="Run directories of audits: list, show, compare, export.", no_args_is_help=True
+)
+app.add_typer(runs, name="runs")
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="What calipers audit --run named.")]
+
+
+@runs.command("list")
+def list_runs(
+    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.")] = Path(),
+) -> None:
+    """A line for every run at or below DIR."""
+    from calipers.cli import running
+
+    running.listed(root)
+
+
+@runs.command()
+def show(run: Run) -> None:
+    """What a run measured, and what each of its stages did."""
+    from calipers.cli import running
+
+    running.shown(run)
+
+
+@runs.command()
+def diff(
+    first: Run,
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+) -> None:
+    """How two runs differ: in what they measured, and in which examples.
+
+    Exit code 1 if both measured the same thing and one proves what the other breaks.
+    """
+    from calipers.cli import running
+
+    if not running.compared(first, second):
+        raise typer.Exit(1)
+
+
+@runs.command()
+def export(
+    run: Run,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="FILE.csv, .json, .parquet (by example) or .tex (by stage)."
+        ),
+    ],
+) -> None:
+    """Write a run's examples for other programs."""
+    from calipers.cli import running
+
+    running.export(run, out)
+
+
 vnncomp = typer.Typer(
     help="The verification competition: scripts, results checked again, results compared.",
     no_args_is_help=True,
