@@ -26,9 +26,11 @@ SHOWN = 20  # examples that a difference lists
 
 
 def _table(*names: str, numbers: int) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(names))
     for i, name in enumerate(names):
-        table.add_column(name, justify="right" if i >= len(names) - numbers else "left")
+        table.add_column(
+            name, justify="right" if i >= len(names) - numbers else "left", overflow="fold"
+        )
     return table
 
 
