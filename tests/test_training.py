@@ -234,9 +234,13 @@ def test_bad_settings_are_refused(change, message):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
     run = small(device="gpu", minutes=30.0, hardware="a large GPU")
-    with pytest.raises(TrainingError, match=r"30 minutes on a large GPU.*about 0 hours.*--anyway"):
+    with pytest.raises(
+        TrainingError, match=r"30 minutes on a large GPU.*about 0.0 hours.*--anyway"
+    ):
         train(run)
     assert train(run, anyway=True).test.n == 500
+    with pytest.raises(TrainingError, match=r"about \d+\.\d hours"):
+        train(run, data=(load("digits"), None))
 
 
 def exploding(network, x, y, threat, *, seeds):

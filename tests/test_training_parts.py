@@ -174,6 +174,7 @@ def test_the_monitor_sees_what_it_should():
     assert kinds({"clean": 0.112}, {"clean": 0.113}) == ["chance"]
     assert kinds({"clean": 0.112}, {"clean": 0.5}) == []
     assert kinds({"clean": 0.1}) == []
+    assert kinds({"clean": 0.1}, {"clean": 0.1, "step": 34}) == []
     good, bad = {"attacked": 0.6, "probe": 0.55}, {"attacked": 0.99, "probe": 0.01}
     assert kinds(good, bad) == ["overfitting"]
     assert kinds(good, {"attacked": 0.3, "probe": 0.3}) == []  # harder at a larger eps, for both

@@ -13,6 +13,7 @@ from typing import NamedTuple
 History = Sequence[Mapping[str, float]]
 
 PATIENCE = 2  # epochs that something must last
+STEPS = 200  # before which guessing is no sign
 CHANCE = 1.5  # times the accuracy of guessing
 FALL = 0.2  # of the probe's accuracy, from its best
 GROWTH = 1.5  # of the share of unstable neurons, over what it was at the full radius
@@ -29,7 +30,8 @@ class Finding(NamedTuple):
 def chance(history: History, classes: int, *, full: bool) -> Finding | None:  # noqa: ARG001
     """The network guesses."""
     recent = history[-PATIENCE:]
-    if len(recent) < PATIENCE or any(r.get("clean", 1) > CHANCE / classes for r in recent):
+    early = len(recent) < PATIENCE or recent[-1].get("step", STEPS) < STEPS
+    if early or any(r.get("clean", 1) > CHANCE / classes for r in recent):
         return None
     return Finding(
         "chance",

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from calipers.attacks import pgd
 from calipers.bounds import interval
-from calipers.data import Data, load
+from calipers.data import SIZES, SOURCES, Data, checked, load
 from calipers.errors import DataError, TrainingError
 from calipers.files import write_atomically
 from calipers.graph.capture import capture
@@ -46,6 +46,7 @@ SAVE_EVERY = 300.0  # seconds; besides the end of every epoch
 MONITORED = 1000  # validation examples that the monitor attacks
 PROBE = 100  # training examples that the health monitor attacks
 QUICK = partial(pgd, steps=10, step_size=0.25, random_start=True)  # what both attack with
+TRIED = 8  # examples of the step that an estimate rests on
 RESULT = "result.json"
 
 
@@ -116,10 +117,10 @@ def train(
     device = torch.device("cuda" if run.device == "gpu" and torch.cuda.is_available() else "cpu")
     processes = group()
     with _generators(), _exact_products():
+        if run.device == "gpu" and device.type == "cpu" and not anyway:
+            raise TrainingError(_needs_gpu(run, data, data_dir))
         examples, test = _examples(run, data, data_dir)
         session, identity = _session(run, examples, device, processes)
-        if run.device == "gpu" and device.type == "cpu" and not anyway:
-            raise TrainingError(_needs_gpu(session))
         state = None
         if where is not None:
             where.mkdir(parents=True, exist_ok=True)
@@ -146,8 +147,6 @@ def train(
 def _examples(
     run: Run, data: tuple[Data, Data | None] | None, data_dir: str | Path | None
 ) -> tuple[Data, Data | None]:
-    from calipers.data import SOURCES
-
     if data is not None:
         return data
     if run.data in SOURCES:
@@ -206,19 +205,28 @@ def _exact_products() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _needs_gpu(session: Session) -> str:
-    run, tried = session.run, 8
-    rows = torch.arange(min(tried, len(session.data)))
+def _needs_gpu(run: Run, data: tuple[Data, Data | None] | None, data_dir: str | Path | None) -> str:
+    """What to say without one: how long this machine would take, from a step on a few made-up examples."""
+    if data is None and run.data in SIZES:
+        shape, count = SIZES[run.data]
+    else:
+        examples = _examples(run, data, data_dir)[0]
+        shape, count = tuple(examples.x.shape[1:]), len(examples)
+    x = torch.rand(TRIED, *shape, generator=torch.Generator().manual_seed(0))
+    few = checked(x, torch.zeros(TRIED, dtype=torch.int64), name="made up")
+    session, _ = _session(
+        replace(run, validation=0, select=None), few, torch.device("cpu"), Group()
+    )
     for _ in range(2):  # the first one warms up
         begin = time.perf_counter()
-        torch.autograd.backward(part_loss(session, rows, run.epochs).total)
+        torch.autograd.backward(part_loss(session, torch.arange(TRIED), run.epochs).total)
         seconds = time.perf_counter() - begin
-    hours = seconds / len(rows) * len(session.data) * run.epochs * run.replays / 3600
-    said = f"about {hours:.0f} hours" if hours < 72 else f"about {hours / 24:.0f} days"
+    hours = seconds / TRIED * (count - run.validation) * run.epochs * run.replays / 3600
+    said = f"about {hours:.1f} hours" if hours < 72 else f"about {hours / 24:.0f} days"
     there = f" ({run.minutes:g} minutes on {run.hardware})" if run.minutes else ""
     return (
         f"{run.name}: needs a GPU{there} and torch sees none. On this machine ({torch.get_num_threads()} threads) it "
-        f"would take {said}, from a step on {len(rows)} examples. To train all the same: --anyway (anyway=True); for "
+        f"would take {said}, from a step on {TRIED} examples. To train all the same: --anyway (anyway=True); for "
         "fewer epochs: --set epochs=N"
     )
 

@@ -102,6 +102,14 @@ def piecewise(*points: tuple[float, float]) -> Piecewise:
     return Piecewise(points)
 
 
+def by_epoch(*values: float) -> Piecewise:
+    """A value for each epoch, held until it ends; the last one stays."""
+    points = [(0.0, values[0])]
+    for epoch, (before, value) in enumerate(pairwise(values), 1):
+        points += [(float(epoch), before), (float(epoch), value)]
+    return Piecewise(tuple(points))
+
+
 def cyclic(peak: float, *, epochs: float, at: float = 0.5, last: float = 0.0) -> Piecewise:
     """A triangle: from 0 up to ``peak`` at ``at``·``epochs``, then down to ``last``."""
     return Piecewise(((0.0, 0.0), (at * epochs, peak), (epochs, last)))
