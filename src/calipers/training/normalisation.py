@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from calipers.errors import unknown_name
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Graph, Network, Node, Ref, bind, evaluate, evaluating, walk
+from calipers.training.quick import quick
 
 POLICIES = ("clean_batch", "running", "adversarial_batch")
 Statistics = Mapping[str, Tensor]
@@ -160,7 +161,7 @@ class View:
         Args:
             precision: run under autocast in this dtype.
         """
-        graph = self.network.graph
+        graph = quick(self.network.graph)
         with self.evaluating():
             env = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.bound().items()}
         if precision is None:
