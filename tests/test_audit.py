@@ -15,8 +15,9 @@ import calipers as cp
 from calipers import ThreatModel, audit, explain
 from calipers.bracket import Verdict
 from calipers.data import load
+from calipers.describe import describe
 from calipers.errors import DataError, ModelError, SoundnessError, UnsupportedOp
-from calipers.evaluate.cascade import Stage, default_cascade, describe, select
+from calipers.evaluate.cascade import Stage, default_cascade, select
 from calipers.evaluate.statistics import clopper_pearson
 from calipers.models import load_model
 
