@@ -8,6 +8,7 @@ rounding subtracted, at the lines and multipliers that the search found. So its 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from calipers.bounds.slopes import ascended, tighten
 from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start, working_dtype
 from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
+from calipers.exact.leaf import programmable, solved
 from calipers.exact.outcome import Outcome
 from calipers.exact.record import Proof, Record, as_bytes
 from calipers.graph.graph import Network
@@ -335,13 +337,35 @@ class Search:
         return replace(left, bound=left.bound.clamp_max(0.0))
 
     def finished(self, domains: Domains) -> bool:
-        """Whether sub-problems without a neuron to split, linear programs by now, are proved by patience."""
-        few, self.steps = self.steps, PATIENCE * self.steps
-        left = self.closed(self.improved(domains))
-        self.steps = few
+        """Whether sub-problems without a neuron to split are proved: as linear programs, or else by patience."""
+        linear = programmable(self.sure)
+        left = self._programs(domains) if linear else domains
         if len(left) and self.point is None:
-            self.reason = "a sub-problem without a neuron to split stayed open"
+            few, self.steps = self.steps, PATIENCE * self.steps
+            left = self.closed(self.improved(left))
+            self.steps = few
+        if len(left) and self.point is None:
+            what = "its linear program is a near tie" if linear else "it is no linear program"
+            self.reason = f"a sub-problem without a neuron to split stayed open: {what}"
         return not len(left)
+
+    def _programs(self, domains: Domains) -> Domains:
+        """Without the sub-problems that their linear programs' duals prove."""
+        solutions = []
+        for i in range(len(domains)):
+            self.sure.state.spend(0)
+            domain, point = solved(
+                self.sure, domains[i : i + 1], self.deadline - time.perf_counter()
+            )
+            solutions.append(domain)
+            if point is not None:
+                point = point.reshape(1, *self.network.input_shape).to(self.network.dtype)
+                self.judge(self.region.project(point))
+                if self.point is not None:
+                    return domains
+        domains = joined(solutions)
+        hoped = torch.ones_like(domains.bound)  # so that all are looked at
+        return self.closed(replace(domains, bound=hoped))
 
     def refreshed(self, domains: Domains) -> Domains:
         """With intervals of their own where enough splits have been made since the last time; without empty ones.
@@ -365,6 +389,7 @@ class Search:
         watched.evaluate()
         score = self.score(watched).masked_fill(~splittable, -math.inf)
         sizes = _per_layer(watched, _size)
+        sizes = torch.where(sizes > 0, sizes, 1.0)
         k = min(self.candidates, score.shape[1])
         picks = score.topk(k, 1).indices
         points = self.problem.points(watched.box).gather(1, picks)

@@ -42,8 +42,12 @@ NAMED = {"interval": INTERVAL, "crown_ibp": INTERVAL, "crown": CROWN}  # bound -
 
 
 class Tree(NamedTuple):
-    """A tree of the document: the clauses that it proves, its arrays, and how many trees before it is the one whose root
-    it shares, 0 for none."""
+    """A tree of the document.
+
+    Args:
+        clauses: that it proves.
+        back: how many trees before it is the one whose root it shares; 0 for none.
+    """
 
     clauses: list[int]
     arrays: Arrays
