@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from calipers.errors import SolverError
 from calipers.training.linear_losses import Array, Loss, follow
 from calipers.training.linear_sets import Adversary, U, follow_norm, gamma
 
@@ -210,7 +211,7 @@ def _step(problem: Problem, state: State, damping: float = 0.0) -> Array:
         curve[d, :] = curve[:, d] = 0.0
         curve[d, d] = 1.0
     damp = (1e-14 + damping) * float(np.trace(curve)) / len(curve) + 1e-300
-    while True:
+    while damp < math.inf:
         try:
             factor = np.linalg.cholesky(curve + damp * np.eye(len(curve)))
         except np.linalg.LinAlgError:
@@ -218,6 +219,7 @@ def _step(problem: Problem, state: State, damping: float = 0.0) -> Array:
             continue
         found: Array = np.linalg.solve(factor.T, np.linalg.solve(factor, -state.slope))
         return found
+    raise SolverError("X: the values are too large or too small for float64; rescale the features")
 
 
 def separates(problem: Problem, state: State) -> bool:
