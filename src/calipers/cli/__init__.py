@@ -567,6 +567,29 @@ def bench(
     raise typer.Exit(code)
 
 
+@app.command()
+def reproduce(
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The tutorial's weights and MNIST's four files.")
+    ],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Attacks on a sample of the images.")
+    ] = False,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Claims whose section or description holds TEXT.")
+    ] = "",
+    json: Json = None,
+) -> None:
+    """The numbers that the tutorial of Kolter and Madry printed, computed again from its weights.
+
+    Exit code 1 if any differs without a known reason.
+    """
+    from calipers.cli import reproducing
+
+    if not reproducing.run(data_dir, fast=fast, only=only, json_file=json):
+        raise typer.Exit(1)
+
+
 runs = typer.Typer(
     help="Run directories of audits: list, show, compare, export.", no_args_is_help=True
 )
