@@ -596,6 +596,25 @@ def sweep(
     )
 
 
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="mnist|cifar10")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to; a cache folder, which is looked into, if left out."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another address that has the files.")
+    ] = None,
+) -> None:
+    """Fetch a data set, checked byte by byte; it is read from there without --data-dir."""
+    from calipers.cli import training
+
+    training.fetch(name, data_dir, source)
+
+
 vnncomp = typer.Typer(
     help="The verification competition: scripts, results checked again, results compared.",
     no_args_is_help=True,

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from calipers.cli.commands import console
 from calipers.cli.options import writable
+from calipers.downloads import download
 from calipers.errors import DataError
 from calipers.files import write_atomically
 from calipers.recipes import build, catalogue
@@ -115,6 +123,25 @@ def sweep(
         rows.append(_line(name, result.json()))
     if group().first:
         console().print(_table(rows))
+
+
+def fetch(name: str, folder: Path | None, source: str | None) -> None:
+    """Download, and say where to."""
+    with Bar(
+        TextColumn("{task.description}"),
+        DownloadColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(file: str, done: int) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file, total=None)
+            bar.update(tasks[file], completed=done)
+
+        where = download(name, folder, source=source, progress=show)
+    console().print(Text(f"{name}: {where}"))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
