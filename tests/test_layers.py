@@ -27,6 +27,7 @@ L0 = {
     "sets",
     "spec",
     "bracket",
+    "confidence",
 }
 L1 = L0 | {"graph", "vnnlib"}
 L2 = L1 | {"ops"}
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "seeds": {"errors"},
     "files": set(),
     "describe": set(),
+    "confidence": set(),
     "rounding": set(),
     "programs": {"errors"},
     "searches": set(),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from calipers.bracket import Bracket, Verdict
+from calipers.confidence import clopper_pearson
 from calipers.data import Data
-from calipers.evaluate.statistics import clopper_pearson
 from calipers.grid import spacing
 from calipers.sets import Number, ThreatModel
 

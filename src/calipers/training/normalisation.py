@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from calipers.errors import unknown_name
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Graph, Network, Node, Ref, bind, evaluate, evaluating, walk
+from calipers.training.quick import quick
 
 POLICIES = ("clean_batch", "running", "adversarial_batch")
 Statistics = Mapping[str, Tensor]
@@ -56,9 +57,6 @@ def observed(network: Network, x: Tensor) -> Observed:
     """A training-mode forward pass, the same as the module's own, without touching its running statistics.
 
     Means and (biased) variances carry gradients. In a process group they are those of the joint batch.
-
-    Raises:
-        ValueError: a layer keeps no running statistics, so that no fixed statistics can stand in for the batch's.
     """
     graph, module = network.graph, network.module
     found = Observed(x, {}, {})
@@ -84,13 +82,9 @@ def observed(network: Network, x: Tensor) -> Observed:
 
 def _layer(graph: Graph, node: Node) -> str:
     """The name of the module behind a normalisation node."""
-    mean = node.args[3]
-    if not isinstance(mean, Ref) or mean.name not in graph.params:
-        raise ValueError(
-            f"network: {node.path or node.name} keeps no running statistics, so its outputs depend on the batch for "
-            "ever; use track_running_stats=True"
-        )
-    return graph.params[mean.name].rpartition(".")[0]
+    return graph.params[node.args[3].name].rpartition(".")[
+        0
+    ]  # `capture` refuses layers that keep no statistics
 
 
 def _moments(x: Tensor, *, joint: bool) -> tuple[Tensor, Tensor, int]:
@@ -160,7 +154,7 @@ class View:
         Args:
             precision: run under autocast in this dtype.
         """
-        graph = self.network.graph
+        graph = quick(self.network.graph)
         with self.evaluating():
             env = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.bound().items()}
         if precision is None:
@@ -190,7 +184,11 @@ def fixed(network: Network, statistics: Statistics | None = None) -> View:
             for kind in ("running_mean", "running_var")
         )
         if layer.weight is None:
-            values |= {f"{layer.name}.running_mean": mean, f"{layer.name}.running_var": var}
+            # copies, because the running ones are overwritten later in the step
+            values |= {
+                f"{layer.name}.running_mean": mean.clone(),
+                f"{layer.name}.running_var": var.clone(),
+            }
             continue
         scale = torch.rsqrt(var + layer.eps)
         scale = scale if module.weight is None else scale * module.weight
