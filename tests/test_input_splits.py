@@ -207,14 +207,15 @@ def test_proved_boxes_cover_the_region_exactly(monkeypatch: pytest.MonkeyPatch) 
     assert outcome.robust
     assert outcome.domains >= 5
     lower, upper = region.hull()
-    whole = Boxes(lower, upper, *(torch.empty(0),) * 3)
+    whole = Boxes(lower, upper, *(torch.empty(0),) * 4)
     assert proved == volume(whole)
 
 
 def some_boxes(generator: torch.Generator, count: int, n: int, clauses: int) -> Boxes:
     ends = torch.randn(2, count, n, generator=generator, dtype=F64).sort(0).values
     zeros = torch.zeros(count, dtype=F64)
-    return Boxes(ends[0], ends[1], torch.ones(count, clauses, dtype=torch.bool), zeros, zeros)
+    open_ = torch.ones(count, clauses, dtype=torch.bool)
+    return Boxes(ends[0], ends[1], open_, zeros, zeros, torch.arange(count))
 
 
 def test_halves_share_their_corner() -> None:

@@ -11,6 +11,7 @@ CalipersError
 ├── RegionError         a region is empty, malformed, or lacks an operation
 ├── SoundnessError      two methods contradict each other: a bug, never a property of the model
 ├── SolverError         an external solver failed
+├── CertificateError    there is no certificate of what was proved
 ├── MemoryLimit         a single example does not fit into memory
 ├── StoreMismatch       a stored run belongs to another model, data, threat or version
 └── TrainingError       a training cannot go on (NaN, a GPU that is not there, ...)
@@ -76,6 +77,10 @@ class SoundnessError(CalipersError):
 
 class SolverError(CalipersError):
     """An external solver failed; its verdict does not count."""
+
+
+class CertificateError(CalipersError):
+    """What was proved cannot be written down as a certificate."""
 
 
 class MemoryLimit(CalipersError, MemoryError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -65,18 +65,13 @@ def check(above: float = 0.0) -> None:
         check_verdict(found, network, region, spec, exact)
 
 
-def unconstrained(leaf: int) -> Callable[..., list[Tensor]]:
-    """Steps on one kind of leaf, free to leave its range."""
-
-    def step(
-        work: Any, value: Tensor, target: Tensor, grads: Sequence[Tensor], _: Any
-    ) -> list[Tensor]:
-        grad = grads[leaf]
-        length = (target - value).clamp_min(0) / (grad.square().sum(1) + 1e-12)
-        work.leaves[leaf].add_(grad * length.unsqueeze(1))
-        return [g * 0 for g in grads]
-
-    return step
+def unconstrained(
+    work: Any, value: Tensor, target: Tensor, grads: Sequence[Tensor], _: Any
+) -> list[Tensor]:
+    """Steps on multipliers, free to become negative."""
+    length = (target - value).clamp_min(0) / (grads[1].square().sum(1) + 1e-12)
+    work.multiplier.add_(grads[1] * length.unsqueeze(1))
+    return [g * 0 for g in grads]
 
 
 def one_child(real: Any) -> Any:
@@ -128,8 +123,8 @@ def all_in_one(spec: Spec) -> Tensor:
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "choices beyond [0, 1]": (search, "_step", unconstrained(0)),
-    "negative multipliers": (search, "_step", unconstrained(1)),
+    "choices beyond [0, 1]": (search, "as_bytes", lambda numbers: numbers * 1000),
+    "negative multipliers": (search, "_step", unconstrained),
     "a child dropped": (Search, "split", one_child(Search.split)),
     "multipliers on the wrong side": (Search, "_children", wrong_side(Search._children)),
     "intervals on the wrong side": (Search, "_children", wrong_interval(Search._children)),

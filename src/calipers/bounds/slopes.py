@@ -26,7 +26,7 @@ from calipers.bounds.ladder import (
     tightener,
 )
 from calipers.bounds.linear import both_bounds, deviations, look, lower_bounds
-from calipers.bounds.patches import Patch, Rows
+from calipers.bounds.patches import Patch, Rows, dense
 from calipers.bounds.planner import row_bytes
 from calipers.bounds.state import State, check_spec, flat, joined
 from calipers.graph.graph import Network, Node
@@ -36,13 +36,15 @@ from calipers.spec import Spec
 
 
 class Choice(NamedTuple):
-    """The two numbers of `Tuned` for each coefficient of an activation's rows, and what their lines are made of."""
+    """The two numbers of `Tuned` for each coefficient of an activation's rows, what their lines are made of, and the
+    windows that they lie on, if any."""
 
     lower: Tensor
     upper: Tensor
     box: Interval
     z: Tensor
     out: Tensor
+    windows: Patch | None = None
 
 
 class OwnLines:
@@ -78,6 +80,7 @@ class OwnLines:
         if isinstance(A, Patch):
             values = look(state, f"context of {node.name}", torch.cat(values, 1), A).chunk(4, 2)
         box, z, out = Interval(*values[:2]), values[2], values[3]
+        windows = A if isinstance(A, Patch) else None
         if kind.tuned is None:
             none = box.lower.new_zeros(())
             return Choice(none, none, box, z, out)
@@ -87,10 +90,41 @@ class OwnLines:
 
         lower, upper = kind.tuned.start(box, *args[1:])
         first = leaf(lower)
-        return Choice(first, first if upper is lower else leaf(upper), box, z, out)
+        return Choice(first, first if upper is lower else leaf(upper), box, z, out, windows)
+
+
+class Kept:
+    """The numbers of the lower lines that gave every row its best bound, in 255ths."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, Tensor] = {}
+        self.windows: dict[str, Patch | None] = {}
+
+    def take(self, better: Tensor, chosen: OwnLines) -> None:
+        """Keep the numbers of the rows that are ``better`` (S, B) now."""
+        for name, choice in chosen.choices.items():
+            if not choice.lower.ndim:
+                continue
+            new = (choice.lower.detach() * 255).round_().to(torch.uint8)
+            old = self.bytes.get(name)
+            some = better.reshape(*better.shape, *[1] * (new.ndim - 2))
+            self.bytes[name] = new if old is None else torch.where(some, new, old)
+            self.windows[name] = choice.windows
+
+    def dense(self, state: State) -> dict[str, Tensor]:
+        """(S, B, elements) by activation."""
+        found = {}
+        for name, value in self.bytes.items():
+            window = self.windows[name]
+            whole = (
+                dense(window.moved(value, clipped=False), state.shape(name)) if window else value
+            )
+            found[name] = whole.flatten(2)
+        return found
 
 
 Evaluate = Callable[[OwnLines], Tensor]
+Keep = Callable[[str, Tensor, Interval, dict[str, Tensor]], None]
 
 
 def alpha_crown(
@@ -185,12 +219,20 @@ def dual_bounds(state: State, spec: Spec, *, raw: bool) -> Tensor:
 # -- optimised lines ------------------------------------------------------------------------------------------------
 
 
-def ascend(evaluate: Evaluate, *, steps: int, rate: float = 0.5, decay: float = 0.75) -> Tensor:
+def ascend(
+    evaluate: Evaluate,
+    *,
+    steps: int,
+    rate: float = 0.5,
+    decay: float = 0.75,
+    kept: Kept | None = None,
+) -> Tensor:
     """The best bounds that ``evaluate`` gave along ``steps`` steps of Adam on the lines, projected to [0, 1].
 
     Args:
         evaluate: bounds, of any shape, under the lines given.
         rate: first step, in units of the whole interval of choices; ``decay`` times as long in each further step.
+        kept: takes the numbers behind the bounds, which are multiples of 1/255 then.
     """
     chosen = OwnLines()
     moments: list[tuple[Tensor, Tensor]] = []
@@ -200,7 +242,10 @@ def ascend(evaluate: Evaluate, *, steps: int, rate: float = 0.5, decay: float = 
             bound = evaluate(chosen)
             total = bound.sum()
         value = bound.detach()
-        best = value if best is None else torch.where(value > best, value, best)
+        better = torch.ones_like(value, dtype=torch.bool) if best is None else value > best
+        best = value if best is None else torch.where(better, value, best)
+        if kept is not None:
+            kept.take(better, chosen)
         if not total.requires_grad:  # the last step, or nothing depends on lines
             break
         leaves = chosen.leaves
@@ -215,6 +260,8 @@ def ascend(evaluate: Evaluate, *, steps: int, rate: float = 0.5, decay: float = 
                 size = (square / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-12)
                 leaf.addcdiv_(mean, size, value=rate * decay**i / (1 - 0.9 ** (i + 1)))
                 leaf.clamp_(0, 1)
+                if kept is not None:
+                    leaf.mul_(255).round_().div_(255)
     if best is None:
         raise ValueError(f"steps: {steps} is negative")
     return best
@@ -244,8 +291,20 @@ def _alpha(
     return best.index_copy(0, rows, found)
 
 
-def ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, *, steps: int) -> Tensor:
-    """Bounds of the functionals, (B, M), −inf where they are not ``wanted``."""
+def ascended(
+    state: State,
+    C: Tensor,
+    d: Tensor,
+    wanted: Tensor,
+    *,
+    steps: int,
+    keep: Callable[[Tensor, dict[str, Tensor]], None] | None = None,
+) -> Tensor:
+    """Bounds of the functionals, (B, M), −inf where they are not ``wanted``.
+
+    Args:
+        keep: of one example, told the numbers of some functionals (S,) and of their lines (S, elements), by activation.
+    """
     output = state.network.graph.output
     most = int(wanted.sum(1).max())
     order = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
@@ -253,15 +312,20 @@ def ascended(state: State, C: Tensor, d: Tensor, wanted: Tensor, *, steps: int) 
     values = at_reference(state, C, d).gather(1, order)
     found = []
     for part, span, cuts in parts(state, [most] * state.batch, _row(state)):
-        pieces = [
-            ascend(
-                lambda chosen, A=rows[cut, span], part=part: lower_bounds(  # type: ignore[misc]
-                    part, output, A, chosen=chosen
-                )[0],
-                steps=steps,
+        pieces = []
+        for cut in cuts:
+            kept = Kept() if keep else None
+            pieces.append(
+                ascend(
+                    lambda chosen, A=rows[cut, span], part=part: lower_bounds(  # type: ignore[misc]
+                        part, output, A, chosen=chosen
+                    )[0],
+                    steps=steps,
+                    kept=kept,
+                )
             )
-            for cut in cuts
-        ]
+            if keep and kept:
+                keep(order[0, cut], {k: v[:, 0] for k, v in kept.dense(part).items()})
         found.append(joined(pieces, 0).T + values[span])
     bounds = joined(found, 0)
     low = bounds.new_full(d.shape, -torch.inf).scatter(1, order, bounds)
@@ -273,8 +337,21 @@ def _row(state: State) -> int:
     return 4 * row_bytes(state.network, state.dtype)
 
 
-def tighten(state: State, C: Tensor, wanted: Tensor, *, steps: int, share: float) -> None:
-    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on."""
+def tighten(
+    state: State,
+    C: Tensor,
+    wanted: Tensor,
+    *,
+    steps: int,
+    share: float,
+    keep: Keep | None = None,
+) -> None:
+    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on.
+
+    Args:
+        keep: of one example, told a value's name, some elements (S,), their bounds, and the numbers of the lines that
+            gave these, (2S, elements), lower sides first, by activation.
+    """
     names = nonlinear_operands(state)
     status = exactness(state)
     names = {k: v for k, v in names.items() if status[k] == "loose" or state.region.p < torch.inf}
@@ -287,8 +364,13 @@ def tighten(state: State, C: Tensor, wanted: Tensor, *, steps: int, share: float
             low, high = both_bounds(part, name, index, chosen)
             return torch.cat([low, -high])
 
-        found = ascend(evaluate, steps=steps)
-        return Interval(found[: len(index)], -found[len(index) :])
+        kept = Kept() if keep else None
+        found = ascend(evaluate, steps=steps, kept=kept)
+        box = Interval(found[: len(index)], -found[len(index) :])
+        if keep and kept:
+            numbers = {k: v[:, 0] for k, v in kept.dense(part).items()}
+            keep(name, index[:, 0], Interval(*(end[:, 0] for end in box)), numbers)
+        return box
 
     for name, mask in names.items():
         refine(state, name, mask & _first(gains[name] * mask, share), bounds)

@@ -296,6 +296,44 @@ def replay(
 
 
 @app.command()
+def gate(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT.json", help="What calipers audit --json wrote.")
+    ],
+    certified: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least certified accuracy: 85% or 0.85.")
+    ] = None,
+    empirical: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least accuracy under attack.")
+    ] = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least accuracy without any change.")
+    ] = None,
+    estimates: Annotated[
+        bool,
+        typer.Option(
+            "--estimates",
+            help="Let the shares of a sample count as they are, not their 95 % confidence limits.",
+        ),
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", help="Write the outcome as JUnit XML.")
+    ] = None,
+) -> None:
+    """Hold an audit's result against thresholds, for continuous integration.
+
+    Exit code 0 if all hold, 1 if any fails.
+    """
+    from calipers.cli import gating
+
+    if not gating.run(
+        result, {"certified": certified, "empirical": empirical, "clean": clean},
+        estimates=estimates, junit_file=junit,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
+@app.command()
 def transfer(
     witnesses: Annotated[
         Path,
@@ -441,6 +479,22 @@ Flag = Annotated[bool, typer.Option()]
 
 
 @app.command()
+def check(
+    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE")],
+    network: Annotated[Path, typer.Option(metavar="FILE.onnx", help="May be gzipped.")],
+    property: Annotated[  # noqa: A002
+        Path | None,
+        typer.Option(metavar="FILE.vnnlib", help="If it is not written into the certificate."),
+    ] = None,
+) -> None:
+    """Check a certificate by the independent program calipers-check: exit code 0 accepted, 1 refused, 2 unusable."""
+    from calipers_check.__main__ import main as run
+
+    given = [] if property is None else ["--property", str(property)]
+    sys.exit(run([str(certificate), "--network", str(network), *given]))
+
+
+@app.command()
 def supports(
     onnx_opset_versions: Flag = False,
     onnx_element_types: Flag = False,
@@ -511,6 +565,62 @@ def bench(
         domains=domains, exact=exact, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
+
+
+runs = typer.Typer(
+    help="Run directories of audits: list, show, compare, export.", no_args_is_help=True
+)
+app.add_typer(runs, name="runs")
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="What calipers audit --run named.")]
+
+
+@runs.command("list")
+def list_runs(
+    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.")] = Path(),
+) -> None:
+    """A line for every run at or below DIR."""
+    from calipers.cli import running
+
+    running.listed(root)
+
+
+@runs.command()
+def show(run: Run) -> None:
+    """What a run measured, and what each of its stages did."""
+    from calipers.cli import running
+
+    running.shown(run)
+
+
+@runs.command()
+def diff(
+    first: Run,
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+) -> None:
+    """How two runs differ: in what they measured, and in which examples.
+
+    Exit code 1 if both measured the same thing and one proves what the other breaks.
+    """
+    from calipers.cli import running
+
+    if not running.compared(first, second):
+        raise typer.Exit(1)
+
+
+@runs.command()
+def export(
+    run: Run,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="FILE.csv, .json, .parquet (by example) or .tex (by stage)."
+        ),
+    ],
+) -> None:
+    """Write a run's examples for other programs."""
+    from calipers.cli import running
+
+    running.export(run, out)
 
 
 Settings = Annotated[

@@ -1,6 +1,6 @@
 """Which complete search decides which problem: the only table of solvers.
 
-A solver is a function ``(network, region, spec, *, deadline, memory, attack, progress) -> Outcome`` (see
+A solver is a function ``(network, region, spec, *, deadline, memory, attack, progress, record) -> Outcome`` (see
 `calipers.exact.outcome`). Those that suit a problem are tried in the table's order, each with its share of the time.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from calipers.attacks import pgd
 from calipers.errors import CalipersError, RegionError
 from calipers.exact import Outcome
+from calipers.exact.record import Record
 from calipers.graph.graph import Network
 from calipers.ops import kind_of
 from calipers.ops.kinds import Activation, Affine, Extremum
@@ -79,10 +80,12 @@ SOLVERS: tuple[Entry, ...] = (
 
 
 class Complete(NamedTuple):
-    """What the searches together say: the best outcome, and the solver that it comes from."""
+    """What the searches together say: the best outcome, the solver that it comes from, and its record if one was asked
+    for."""
 
     outcome: Outcome
     method: str
+    record: Record | None = None
 
 
 def problem(network: Network, region: Region) -> Problem:
@@ -112,6 +115,7 @@ def complete(
     memory: int | None = None,
     progress: Callable[[Outcome], None] | None = None,
     accept: Callable[[Tensor], bool] = lambda _: True,
+    record: bool = False,
 ) -> Complete:
     """The outcome of the table's searches on one region (B = 1); the first that decides ends it.
 
@@ -119,6 +123,7 @@ def complete(
 
     Args:
         accept: judges the point (1, *x) that a search returns; after one that it refuses the next solver is asked.
+        record: have the searches note how they prove what they prove.
     """
     kind = problem(network, region)
     ready = [(e, f) for e in SOLVERS if e.suits(kind) and (f := e.load()) is not None]
@@ -131,10 +136,11 @@ def complete(
             break
         last = place == len(ready) - 1
         until = deadline if last else now + entry.share * (deadline - now)
+        notes = Record() if record else None
         try:
             found = solve(
                 network, region, spec, deadline=until, memory=memory or MEMORY, attack=attack,
-                progress=progress,
+                progress=progress, record=notes,
             )  # fmt: skip
         except (CalipersError, MemoryError, RuntimeError, ValueError, ArithmeticError) as error:
             found = Outcome(reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
@@ -142,11 +148,11 @@ def complete(
             found = replace(found, point=None, reason="its counterexample does not stand a replay")
         reasons.append(f"{entry.name}: {found.reason or 'undecided'}")
         if not best.method or found.lower > best.outcome.lower or found.point is not None:
-            best = Complete(found, entry.name)
+            best = Complete(found, entry.name, notes)
         if found.robust or found.point is not None:
             return best
     if reasons:
-        best = Complete(replace(best.outcome, reason="; ".join(reasons)), best.method)
+        best = best._replace(outcome=replace(best.outcome, reason="; ".join(reasons)))
     return best
 
 

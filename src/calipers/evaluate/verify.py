@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -33,7 +33,8 @@ from calipers.evaluate.cascade import LARGE
 from calipers.evaluate.checks import agreement, check_parameters, onnxruntime_replica
 from calipers.evaluate.limits import TimeIsUp, alarm
 from calipers.evaluate.solvers import FEW, complete, harder, problem
-from calipers.exact import Outcome
+from calipers.exact import Outcome, branch
+from calipers.exact.record import Record
 from calipers.graph.graph import Network, evaluating
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -98,6 +99,7 @@ class Decision:
             network's precision, since no number of it lies between them (X_0 = 0.1).
         boxes: how far each box came, undecided ones first, at most `ROWS`.
         notes: what else should be known.
+        proofs: how each box was proved, by case and row: the name of a bound or the record of a search.
     """
 
     verdict: Verdict
@@ -110,6 +112,7 @@ class Decision:
     rounded: bool = False
     boxes: tuple[Box, ...] = ()
     notes: tuple[str, ...] = ()
+    proofs: Mapping[tuple[int, int], Record | str] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """Everything but the witness's numbers, which have a format of their own."""
@@ -143,6 +146,7 @@ def decide(
     exact: bool = False,
     real: bool = False,
     seed: int = 0,
+    record: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Decision:
     """The answer to ``query``, read with the network's dtype (``vnnlib.load(..., dtype=network.dtype)``).
@@ -157,19 +161,22 @@ def decide(
         exact: accept no witness that needs an input's bound to be rounded.
         real: a query that declares float types asks about real arithmetic all the same; otherwise ``unsat`` there also
             covers the rounding of the network's own forward pass.
+        record: keep what a certificate is made of, in `Decision.proofs`.
         progress: told what is being done, now and then.
     """
     begin = time.perf_counter()
     if not seconds > 0:
         return Decision("unknown", f"the time limit is {seconds:g} s, so nothing was tried")
-    search = _Search(network, query, begin + seconds, memory, domains, exact, real, seed, progress)
+    search = _Search(
+        network, query, begin + seconds, memory, domains, exact, real, seed, progress, record
+    )
     verdict, reason, method = _outcome(search)
     took = time.perf_counter() - begin
     boxes = sorted(search.boxes, key=lambda b: (b.lower > 0, b.lower))
     lower = min((b.lower for b in boxes), default=math.inf)
     return Decision(
         verdict, reason, method, lower, took, search.x, search.y, search.rounded, tuple(boxes[:ROWS]),
-        tuple(search.notes),
+        tuple(search.notes), search.proofs,
     )  # fmt: skip
 
 
@@ -213,8 +220,10 @@ class _Search:
     real: bool
     seed: int
     progress: Callable[[str], None]
+    record: bool
     boxes: list[Box] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    proofs: dict[tuple[int, int], Record | str] = field(default_factory=dict)
     stage: str = "reading"
     x: Tensor | None = None
     y: Tensor | None = None
@@ -265,7 +274,10 @@ class _Search:
             self.stage = "attack"
             self.attack(self.left if self.domains is not None else min(ATTACK * self.left, SECOND))
             self.stage = "alpha_crown"
-            self.bound(alpha_crown)
+            if self.record:
+                self.bound_recorded()
+            else:
+                self.bound(alpha_crown)
             if not self.open():
                 return
         self.stage = "attack"
@@ -422,6 +434,27 @@ class _Search:
             for box, lower in zip(boxes, spec[rows].margin(values).tolist(), strict=True):
                 if lower > box.lower:
                     box.lower, box.method = lower, method.__name__
+                if lower > 0:
+                    self.proofs[box.case, box.row] = method.__name__
+
+    def bound_recorded(self) -> None:
+        """`alpha_crown`, as the complete search has it for the whole of an open box, with a record."""
+        for box in self.open():
+            row = torch.tensor([box.row])
+            region, spec = self.safe_cases[box.case]
+            record = Record()
+            found = branch(
+                self.network, region[row], spec[row], deadline=self.deadline, memory=self.memory,
+                record=record, whole=True,
+            )  # fmt: skip
+            self.note(box, found.lower, "alpha_crown", record)
+
+    def note(self, box: Box, lower: float, method: str, record: Record | None) -> None:
+        """Keep a lower bound of a box, and what proves it."""
+        if lower > box.lower:
+            box.lower, box.method = lower, method
+        if lower > 0 and record is not None:
+            self.proofs[box.case, box.row] = record
 
     @cached_property
     def few(self) -> bool:
@@ -442,14 +475,14 @@ class _Search:
                     self.network, region[row], spec[row], memory=self.memory,
                     deadline=now + (self.deadline - now) / (len(left) - i),
                     progress=partial(self._follow, box), accept=partial(self.accept, region[row], own),
+                    record=self.record,
                 )  # fmt: skip
             if found is None:
                 box.reason = f"{self.domains} sub-problems, the limit, did not decide it"
                 continue
             outcome = found.outcome
             box.domains, box.reason = outcome.domains, outcome.reason
-            if outcome.lower > box.lower:
-                box.lower, box.method = outcome.lower, found.method
+            self.note(box, outcome.lower, found.method, found.record)
             if outcome.point is not None:
                 self.stage = found.method
                 self.compare()

@@ -20,6 +20,7 @@ class Boxes(NamedTuple):
         open: (N, clauses): what is not yet proved on the box.
         bound: (N,) a lower bound on the margin of the open clauses, from the box that it was cut from.
         hope: (N,) an estimate of that margin's bound on the box itself.
+        node: (N,) its number in the search's `Record`, if there is one.
     """
 
     lower: Tensor
@@ -27,6 +28,7 @@ class Boxes(NamedTuple):
     open: Tensor
     bound: Tensor
     hope: Tensor
+    node: Tensor
 
     def at(self, index: Tensor | slice) -> Boxes:
         return Boxes(*(v[index] for v in self))

@@ -8,6 +8,7 @@ rounding subtracted, at the lines and multipliers that the search found. So its 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,9 @@ from calipers.bounds.slopes import ascended, tighten
 from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start, working_dtype
 from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
+from calipers.exact.leaf import programmable, solved
 from calipers.exact.outcome import Outcome
+from calipers.exact.record import Proof, Record, as_bytes
 from calipers.graph.graph import Network
 from calipers.ops.kinds import Lines
 from calipers.sets import Interval, Region
@@ -53,6 +56,8 @@ def branch(
     candidates: int = 8,
     score: str = "gap",
     period: int = 3,
+    record: Record | None = None,
+    whole: bool = False,
 ) -> Outcome:
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
@@ -62,6 +67,8 @@ def branch(
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
         score: how candidates are found, a name of `SCORES`.
         period: splits at least after which a sub-problem's intervals are computed again.
+        record: an empty one, which then tells how everything was proved.
+        whole: stop once the region as a whole is bounded.
 
     Raises:
         UnsupportedOp: an op of the network has no entry in the op table.
@@ -79,8 +86,9 @@ def branch(
         values = sum(math.prod(node.shape) for node in network.graph.nodes)
         batch = min(max(VALUES // values, 32), 1024)
     search = Search(
-        network, region, spec, deadline, memory, progress, batch, steps, candidates, score, period
-    )
+        network, region, spec, deadline, memory, progress, batch, steps, candidates, score, period,
+        record, whole,
+    )  # fmt: skip
     with torch.no_grad():
         try:
             if attack is not None:
@@ -107,7 +115,10 @@ class Search:
         candidates: int,
         score: str,
         period: int,
+        record: Record | None,
+        whole: bool,
     ) -> None:
+        self.record, self.whole = record, whole
         self.network, self.region, self.spec = network, region, spec
         self.deadline, self.memory, self.progress = deadline, memory, progress
         self.batch, self.steps, self.candidates = batch, steps, candidates
@@ -132,7 +143,10 @@ class Search:
         if not bool(torch.isfinite(low[open_[self.spec.clause]]).all()):
             self.reason = "bounds of the whole region are not finite, and splits of neurons will not make them so"
             return
-        stack = [self.sure.root(*self._starts(open_, low))]
+        if self.whole:
+            self.reason = "only the region as a whole was bounded"
+            return
+        stack = [self.planted(self.sure.root(*self._starts(open_, low)), open_)]
         stack[0] = self.improved(stack[0])
         while stack and self.point is None:
             stack[-1] = self.closed(stack[-1])
@@ -168,21 +182,37 @@ class Search:
         propagate(state, tighten=tightener(state), until=output)
         low = functionals(state, C, d)
         open_ = self._open(low)
+        record = self.record
+        keep_rows, keep = (record.keep_rows, record.keep_region) if record else (None, None)
+        if record is not None:
+            record.begin(state, low[0])
         if open_.any():
             self._keep(low)
             wanted = open_[self.spec.clause].unsqueeze(0)
-            tighten(state, C, wanted, steps=4, share=0.999)
-            low = torch.maximum(low, ascended(state, C, d, wanted, steps=12))
+            tighten(state, C, wanted, steps=4, share=0.999, keep=keep_rows)
+            low = torch.maximum(low, ascended(state, C, d, wanted, steps=12, keep=keep))
             open_ = self._open(low)
         if open_.any() and not large:  # what mattered little before may matter among many splits
-            tighten(state, C, open_[self.spec.clause].unsqueeze(0), steps=4, share=1.0)
+            wanted = open_[self.spec.clause].unsqueeze(0)
+            tighten(state, C, wanted, steps=4, share=1.0, keep=keep_rows)
         self._keep(low)
+        if record is not None:
+            record.region = {m: v for m, v in record.region.items() if low[0, m] > 0}
         if open_.any():
             members = _members(self.spec)
             boxes = state.boxes
             self.sure = self._problem(boxes, members, torch.float64, rigorous=True)
             self.problem = self._problem(boxes, members, torch.float32, rigorous=False)
         return open_, low[0]
+
+    def planted(self, root: Domains, open_: Tensor) -> Domains:
+        """The root of the search, in its record too."""
+        if self.record is None:
+            return root
+        layers = self.problem.layers.values()
+        self.record.elements = {v.node.name: v.columns for v in layers}
+        clauses = torch.nonzero(open_).flatten().tolist()
+        return replace(root, node=self.record.plant([[c] for c in clauses]))
 
     def _open(self, low: Tensor) -> Tensor:
         return ~(self.spec.clauses(low)[0] > 0)
@@ -255,6 +285,8 @@ class Search:
             last = i == self.steps
             for leaf in work.leaves:
                 leaf.requires_grad_(not last)
+            if last:
+                work.choice.mul_(255).round_().div_(255)  # as it will be kept
             self.work += len(alive) * (1 if last else 3)
             with torch.set_grad_enabled(not last):
                 bound, rows = work.evaluate()
@@ -282,7 +314,7 @@ class Search:
         return replace(
             domains,
             bound=torch.maximum(domains.bound, best) if domains.where.shape[1] else best,
-            choice=choice.to(torch.float16),
+            choice=as_bytes(choice),
             multiplier=multiplier,
             weights=weights,
         )
@@ -296,19 +328,44 @@ class Search:
         proved = torch.zeros_like(ready)
         for i in range(0, len(rows), self.batch):
             some = rows[i : i + self.batch]
-            bound, _ = Batch(self.sure, domains[some]).evaluate()
+            batch = Batch(self.sure, domains[some])
+            bound, _ = batch.evaluate()
             proved[some] = bound > 0
+            if self.record is not None:
+                self.record.proofs.append(_proof(batch, bound > 0))
         left = domains[~proved]
         return replace(left, bound=left.bound.clamp_max(0.0))
 
     def finished(self, domains: Domains) -> bool:
-        """Whether sub-problems without a neuron to split, linear programs by now, are proved by patience."""
-        few, self.steps = self.steps, PATIENCE * self.steps
-        left = self.closed(self.improved(domains))
-        self.steps = few
+        """Whether sub-problems without a neuron to split are proved: as linear programs, or else by patience."""
+        linear = programmable(self.sure)
+        left = self._programs(domains) if linear else domains
         if len(left) and self.point is None:
-            self.reason = "a sub-problem without a neuron to split stayed open"
+            few, self.steps = self.steps, PATIENCE * self.steps
+            left = self.closed(self.improved(left))
+            self.steps = few
+        if len(left) and self.point is None:
+            what = "its linear program is a near tie" if linear else "it is no linear program"
+            self.reason = f"a sub-problem without a neuron to split stayed open: {what}"
         return not len(left)
+
+    def _programs(self, domains: Domains) -> Domains:
+        """Without the sub-problems that their linear programs' duals prove."""
+        solutions = []
+        for i in range(len(domains)):
+            self.sure.state.spend(0)
+            domain, point = solved(
+                self.sure, domains[i : i + 1], self.deadline - time.perf_counter()
+            )
+            solutions.append(domain)
+            if point is not None:
+                point = point.reshape(1, *self.network.input_shape).to(self.network.dtype)
+                self.judge(self.region.project(point))
+                if self.point is not None:
+                    return domains
+        domains = joined(solutions)
+        hoped = torch.ones_like(domains.bound)  # so that all are looked at
+        return self.closed(replace(domains, bound=hoped))
 
     def refreshed(self, domains: Domains) -> Domains:
         """With intervals of their own where enough splits have been made since the last time; without empty ones.
@@ -322,6 +379,8 @@ class Search:
             return domains
         self.renewed += int(costs[due].sum())
         some, empty = self.sure.refreshed(domains[due], ROWS)
+        if self.record is not None:
+            self.record.renewed.append(some.node)
         return joined([domains[~due], some[~empty]])
 
     def split(self, domains: Domains, splittable: Tensor) -> Domains:
@@ -330,6 +389,7 @@ class Search:
         watched.evaluate()
         score = self.score(watched).masked_fill(~splittable, -math.inf)
         sizes = _per_layer(watched, _size)
+        sizes = torch.where(sizes > 0, sizes, 1.0)
         k = min(self.candidates, score.shape[1])
         picks = score.topk(k, 1).indices
         points = self.problem.points(watched.box).gather(1, picks)
@@ -342,7 +402,11 @@ class Search:
             possible = splittable.gather(1, picks).T
             chosen = gain.masked_fill(~possible, -math.inf).argmax(0, keepdim=True).T
             picks, points = picks.gather(1, chosen), points.gather(1, chosen)
-        return self._children(domains, picks[:, 0], points[:, 0], sizes)
+        children = self._children(domains, picks[:, 0], points[:, 0], sizes)
+        if self.record is None:
+            return children
+        below, above = self.record.split(domains.node, picks[:, 0], points[:, 0])
+        return replace(children, node=torch.cat([above, below]))
 
     def _children(self, domains: Domains, element: Tensor, point: Tensor, sizes: Tensor) -> Domains:
         depth = domains.where.shape[1]
@@ -412,6 +476,24 @@ def _taken(stack: list[Domains], count: int) -> Domains:
         parts.append(top)
         count -= len(top)
     return joined(parts)
+
+
+def _proof(batch: Batch, proved: Tensor) -> Proof:
+    """What bounds the sub-problems ``proved`` of a batch."""
+    domains = batch.domains[proved]
+    taken = domains.where >= 0
+    order = (~taken).to(torch.int8).argsort(dim=1, stable=True)  # the splits first, in their order
+    unit = batch.sign.abs()[proved]
+    multipliers = torch.where(taken, batch.multiplier[proved] * unit, 0.0).gather(1, order)
+    weights = batch.problem.share(domains.clause, batch.weights[proved])
+    return Proof(
+        domains.node,
+        domains.clause,
+        weights,
+        domains.choice[:, batch.problem.numbers],
+        taken.sum(1),
+        multipliers,
+    )
 
 
 def _members(spec: Spec) -> Tensor:

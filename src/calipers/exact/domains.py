@@ -18,6 +18,7 @@ from torch import Tensor
 from calipers.bounds.ladder import at_reference
 from calipers.bounds.linear import at_the_input, both_bounds, deviations
 from calipers.bounds.state import State, flat
+from calipers.exact.record import as_bytes
 from calipers.graph.graph import Node
 from calipers.ops.kinds import Activation, Lines
 from calipers.rounding import cast
@@ -45,7 +46,7 @@ class Domains:
         bound: (n,) the best lower bound known of the functional.
         clause: (n,) which clause of the specification must hold.
         weights: (n, members) of the clause's functionals; the combination is what is bounded.
-        choice: (n, T) the lines' numbers in [0, 1], kept in half precision.
+        choice: (n, T) the lines' numbers in [0, 1], as bytes: 255ths.
         low, high: (n, U) the interval of every undecided element's operand, in float32.
         where: (n, D) which element each split is of, −1 for none.
         point: (n, D) where it was split.
@@ -53,6 +54,7 @@ class Domains:
         scale: (n, D) the size of the row where it was split: the unit of its multiplier.
         multiplier: (n, D) of the split's constraint, in that unit; not negative.
         fresh: (n,) how many splits there were when the intervals were last computed.
+        node: (n,) its number in the search's `Record`, if there is one.
     """
 
     bound: Tensor
@@ -67,6 +69,7 @@ class Domains:
     scale: Tensor
     multiplier: Tensor
     fresh: Tensor
+    node: Tensor
 
     def __len__(self) -> int:
         return len(self.bound)
@@ -180,7 +183,7 @@ class Problem:
             bound,
             clauses,
             weights,
-            self.starts(box).to(torch.float16),
+            as_bytes(self.starts(box)),
             *box,
             none.long(),
             none,
@@ -188,12 +191,22 @@ class Problem:
             none,
             none,
             torch.zeros(n, dtype=torch.long),
+            torch.zeros(n, dtype=torch.long),
         )
 
     @property
     def first(self) -> int:
         """How many undecided elements the first layer has: their intervals do not change."""
         return next((v.span.stop for v in self.layers.values()), 0)
+
+    @property
+    def numbers(self) -> Tensor:
+        """Where every undecided element's first number is among the choices: (U,)."""
+        found, start = [], 0
+        for layer in self.layers.values():
+            found.append(torch.arange(start, start + len(layer.columns)))
+            start += len(layer.columns) * layer.sides
+        return torch.cat(found)
 
     def starts(self, box: Interval) -> Tensor:
         """Where to start the lines' numbers on intervals (n, U): (n, T)."""
@@ -246,11 +259,14 @@ class Problem:
             domains = replace(domains, low=low, high=high)
         return replace(domains, fresh=domains.depth), empty
 
+    def share(self, clause: Tensor, weights: Tensor) -> Tensor:
+        """The weights (n, members) of the clause's functionals, with sum 1."""
+        share = weights.clamp_min(0) * (self.members[clause] >= 0)
+        return share / share.sum(1, keepdim=True)
+
     def rows(self, clause: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The functionals to bound: rows (n, K), and their value at the reference output, rounded down: (n,)."""
-        numbers = self.members[clause]  # (n, members)
-        share = weights.clamp_min(0) * (numbers >= 0)
-        share = share / share.sum(1, keepdim=True)
+        numbers, share = self.members[clause], self.share(clause, weights)  # (n, members)
         C, d = self.C[numbers.clamp_min(0)], self.d[numbers.clamp_min(0)]
         A, offset = (share.unsqueeze(2) * C).sum(1), (share * d).sum(1)
         value = at_reference(self.state, A.unsqueeze(0), offset.unsqueeze(0))[0]
@@ -294,8 +310,11 @@ class Batch:
         self.problem, self.domains, self.fresh = problem, domains, fresh
         like = problem.C
         self.box = Interval(domains.low.to(like.dtype), domains.high.to(like.dtype))
-        choice = problem.starts(self.box) if fresh else domains.choice
-        self.choice = choice.to(like.dtype, copy=True)
+        self.choice = (
+            problem.starts(self.box)
+            if fresh
+            else domains.choice.to(like.dtype, copy=True).div_(255)
+        )
         self.multiplier = domains.multiplier.to(like.dtype, copy=True)
         self.weights = domains.weights.to(like.dtype, copy=True)
         self.sign = domains.side.to(like.dtype) * domains.scale.to(like.dtype)

@@ -25,6 +25,7 @@ from calipers.bracket import witness
 from calipers.errors import RegionError
 from calipers.exact.boxes import Boxes, Frontier, Planes, blend, divisible, halves, joined, trimmed
 from calipers.exact.outcome import Outcome
+from calipers.exact.record import Record
 from calipers.graph.graph import Network
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -53,6 +54,7 @@ def split_inputs(
     memory: int | None = None,
     attack: Attack | None = None,
     progress: Progress | None = None,
+    record: Record | None = None,
 ) -> Outcome:
     """Decide the specification on one box, jointly for all clauses, by splitting it.
 
@@ -64,6 +66,7 @@ def split_inputs(
         memory: bytes to plan for, also of the boxes that wait.
         attack: called now and then with the most promising box, for about a fifth of the time.
         progress: called about once a second.
+        record: an empty one, which then tells how everything was proved.
 
     Raises:
         ValueError: the region is no bounded box, or of more than one example.
@@ -72,6 +75,7 @@ def split_inputs(
     _require(region, spec)
     with torch.no_grad():
         search = _search(network, region, spec, memory or MEMORY, deadline)
+        search.record = record
         if len(search.inputs) > DIMENSIONS:
             return Outcome(
                 reason=f"{len(search.inputs)} inputs vary; boxes of up to {DIMENSIONS} are split"
@@ -116,6 +120,7 @@ def _search(network: Network, region: Region, spec: Spec, memory: int, deadline:
             torch.ones(1, spec.count, dtype=torch.bool),
             torch.full((1,), -math.inf, dtype=torch.float64),
             torch.full((1,), -math.inf, dtype=torch.float64),
+            torch.zeros(1, dtype=torch.long),
         ),
         memory,
     )
@@ -148,6 +153,7 @@ class _Search:
     domains: int = 0
     hard: Frontier = field(default_factory=Frontier)
     easy: Frontier = field(default_factory=Frontier)
+    record: Record | None = None
 
     @property
     def network(self) -> Network:
@@ -155,6 +161,9 @@ class _Search:
 
     def run(self, deadline: float, attack: Attack | None, progress: Progress | None) -> Outcome:
         self.hard.push(self.root)
+        if self.record is not None:
+            self.record.of_inputs = True
+            self.record.plant([range(self.spec.count)])
         size, limit = 1, self.largest()
         begin = said = time.perf_counter()
         while self.waiting:
@@ -229,6 +238,7 @@ class _Search:
     def bound(self, boxes: Boxes, *, thorough: bool) -> tuple[Boxes, Tensor]:
         """What is left of the boxes, trimmed, and points where the specification is most likely to fail."""
         self.domains += boxes.number
+        node = boxes.node
         planes = self.planes(self.exact, boxes, thorough=thorough)
         values = planes.clauses(self.spec.count)
         cut = 2.0**-30 * (planes.values.abs() + (planes.slopes.abs() * planes.radius).sum(-1)).amax(
@@ -247,6 +257,10 @@ class _Search:
         same = (before.lower == boxes.lower) & (before.upper == boxes.upper)
         less = ~same.all(1) | (before.open != boxes.open).any(1)
         self.prove(cut[some][less])
+        if self.record is not None:
+            changed = shut.any(1)
+            changed[some] |= less
+            self.record.tried.append(node[changed])
         return boxes.at(boxes.open.any(1)), points
 
     def prove(self, values: Tensor) -> None:
@@ -362,8 +376,13 @@ class _Search:
         gain = torch.where(cut.gather(1, tried).T, gain, -math.inf)
         best = gain.argmax(0, keepdim=True)
         chosen = tried.gather(1, best.T).squeeze(1)
-        for half, hope in zip(halves(boxes, chosen), hopes.unbind(1), strict=True):
-            hoped = half._replace(hope=hope.gather(0, best).squeeze(0))
+        pair = halves(boxes, chosen)
+        nodes = boxes.node, boxes.node
+        if self.record is not None:
+            point = pair[0].upper.gather(1, chosen.unsqueeze(1)).squeeze(1)
+            nodes = self.record.split(boxes.node, chosen, point)
+        for half, hope, node in zip(pair, hopes.unbind(1), nodes, strict=True):
+            hoped = half._replace(hope=hope.gather(0, best).squeeze(0), node=node)
             self.easy.push(hoped.at(hoped.hope > 0))
             self.hard.push(hoped.at(~(hoped.hope > 0)))
 

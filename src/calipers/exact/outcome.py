@@ -1,10 +1,11 @@
 """What a complete search of one region reports.
 
-    Solver = (network, region, spec, *, deadline, memory, attack, progress) -> Outcome
+    Solver = (network, region, spec, *, deadline, memory, attack, progress, record) -> Outcome
 
 for a region and a specification of one example (B = 1). ``deadline`` is a value of `time.perf_counter`, ``memory``
 bytes of working memory, ``attack`` a function ``(region, spec) -> points`` that the search may call on its sub-regions
-(a search imports no attack), ``progress`` is called with an `Outcome` now and then.
+(a search imports no attack), ``progress`` is called with an `Outcome` now and then, and
+``record``, an empty `Record`, is filled with what proves the outcome.
 """
 
 from __future__ import annotations

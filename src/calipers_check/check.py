@@ -1,0 +1,212 @@
+"""A certificate against a network and a property."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from calipers_check import container, onnx_file, vnnlib
+from calipers_check.errors import Refused, Unusable
+from calipers_check.layers import Array, Network
+from calipers_check.prove import Budget, Goal, Proof, Root, bare_root
+from calipers_check.tree import NAMES, Tree
+from calipers_check.vnnlib import Clause
+
+INLINE = ("lower", "upper", "C", "d", "clause")
+
+
+class Accepted(NamedTuple):
+    """What was proved.
+
+    Args:
+        digest: of a property written into the certificate; None for a text, whose digest has been compared.
+    """
+
+    clauses: int
+    trees: int
+    nodes: int
+    digest: str | None
+
+
+def check(
+    certificate: Path,
+    network: Path,
+    prop: Path | None = None,
+    *,
+    seconds: float = math.inf,
+    max_bytes: int = container.MAX_BYTES,
+) -> Accepted:
+    """Accept the certificate: the network has the property, in real arithmetic.
+
+    Args:
+        prop: the VNN-LIB text; None for a property written into the certificate.
+        seconds: after which to refuse.
+        max_bytes: of any of the files, decompressed.
+
+    Raises:
+        Refused: for the reason that it names.
+        Unusable: a file is missing, or the network or property cannot be read.
+    """
+    deadline = time.monotonic() + seconds
+    document, arrays = container.parse(container.read_bytes(certificate, max_bytes))
+    _expect(document, {"format", "version", "semantics", "network", "property", "trees"}, {"notes"})
+    for key, value in (("format", "calipers-certificate"), ("version", 1), ("semantics", "real")):
+        if document[key] != value or isinstance(document[key], bool):
+            raise Refused(f"{key}: {str(document[key])[:40]!r}; expected {value!r}")
+    model = _readable(network, max_bytes)
+    _compare("network", document["network"], model)
+    net = onnx_file.network(model)
+    own = {k: v for k, v in arrays.items() if k.startswith("property/")}
+    trees = document["trees"]
+    _names(arrays.keys() - own.keys(), trees)
+    clauses, digest = _property(document["property"], own, prop, max_bytes)
+    if any(len(c.lower) != net.inputs for c in clauses):
+        raise Unusable(f"property: not about the network's {net.inputs} inputs")
+    if any(c.C.shape[1] != net.sizes[-1] for c in clauses):
+        raise Unusable(f"property: not about the network's {net.sizes[-1]} outputs")
+    with np.errstate(all="ignore"):
+        nodes = _prove(net, clauses, trees, arrays, deadline)
+    return Accepted(len(clauses), len(trees), nodes, digest)
+
+
+def _expect(
+    value: Any, needed: set[str], optional: frozenset[str] | set[str] = frozenset()
+) -> None:
+    if not isinstance(value, dict) or not needed <= set(value) <= needed | optional:
+        keys = sorted(value) if isinstance(value, dict) else value
+        raise Refused(f"expected the keys {sorted(needed)}, not {str(keys)[:80]}")
+
+
+def _readable(path: Path, limit: int) -> bytes:
+    try:
+        return container.read_bytes(path, limit)
+    except Refused as error:
+        raise Unusable(str(error)) from None
+
+
+def _compare(what: str, entry: Any, data: bytes) -> None:
+    _expect(entry, {"sha256"})
+    if entry["sha256"] != hashlib.sha256(data).hexdigest():
+        raise Refused(f"{what}: the certificate is for another one; their digests differ")
+
+
+def _names(names: Any, trees: Any) -> None:
+    """Every array must be one that a tree knows."""
+    if not isinstance(trees, list):
+        raise Refused("trees: not a list")
+    known = {f"{t}/{name}" for t in range(len(trees)) for name in NAMES}
+    if odd := sorted(set(names) - known):
+        raise Refused(f"array {odd[0][:60]!r}: not part of any tree")
+
+
+def _property(
+    entry: Any, arrays: Mapping[str, Array], prop: Path | None, limit: int
+) -> tuple[list[Clause], str | None]:
+    if isinstance(entry, dict) and "inline" in entry:
+        if prop is not None:
+            raise Refused("property: written into the certificate, so not that of the file")
+        return _inline(entry, arrays)
+    if arrays:
+        raise Refused("property: arrays of a property that is not written into the certificate")
+    if prop is None:
+        raise Unusable("property: the certificate is for a VNN-LIB file; give it with --property")
+    text = _readable(prop, limit)
+    _compare("property", entry, text)
+    return vnnlib.clauses(text.decode(errors="replace")), None
+
+
+def _inline(entry: Any, arrays: Mapping[str, Array]) -> tuple[list[Clause], str]:
+    _expect(entry, {"inline", "p"})
+    if entry["inline"] is not True or entry["p"] != "inf":
+        raise Refused("property: only boxes can be written into a certificate")
+    if set(arrays) != {f"property/{name}" for name in INLINE}:
+        raise Refused(f"property: expected the arrays {', '.join(INLINE)}")
+    lower, upper, C, d, clause = (arrays[f"property/{name}"] for name in INLINE)
+    shapes = lower.ndim == 1 and C.ndim == 2 and clause.ndim == d.ndim == 1
+    if not shapes or lower.shape != upper.shape or not len(C) == len(d) == len(clause) > 0:
+        raise Refused("property: arrays of shapes that do not fit")
+    if any(v.dtype != np.float64 or not np.isfinite(v).all() for v in (lower, upper, C, d)):
+        raise Refused("property: expected finite float64 numbers")
+    if (
+        clause.dtype.kind not in "iu"
+        or clause[0]
+        or not np.isin(np.diff(clause.astype(int)), [0, 1]).all()
+    ):
+        raise Refused("property: clauses are not numbered in order")
+    digest = hashlib.sha256(b"".join(arrays[f"property/{n}"].tobytes() for n in INLINE)).hexdigest()
+    numbers = range(int(clause[-1]) + 1)
+    return [Clause(lower, upper, C[clause == c], d[clause == c]) for c in numbers], digest
+
+
+# -- trees ----------------------------------------------------------------------------------------------------
+
+
+def _prove(
+    network: Network,
+    clauses: Sequence[Clause],
+    trees: Sequence[Any],
+    arrays: Mapping[str, Array],
+    deadline: float,
+) -> int:
+    """Prove every clause; returns how many nodes the trees have."""
+    shared = _documents(trees, len(clauses))
+    counts = [len(c.d) for c in clauses]
+    roots: dict[int, tuple[Root, Tree]] = {}
+    budget, nodes, missing = Budget(), 0, {i for i, c in enumerate(clauses) if not c.void}
+    for t, document in enumerate(trees):
+        numbers, base = document["clauses"], document.get("root")
+        own = {k.removeprefix(f"{t}/"): v for k, v in arrays.items() if k.startswith(f"{t}/")}
+        try:
+            if base is not None and base not in roots:
+                raise Refused("its root is that of a tree with nothing to prove")
+            columns = roots[base][1].columns if base is not None else None
+            tree = Tree(own, network, numbers, counts, columns)
+            nodes += len(tree)
+            wanted = [c for c in numbers if not clauses[c].void]
+            if not wanted:
+                continue
+            lower = np.min([clauses[c].lower for c in wanted], 0)
+            upper = np.max([clauses[c].upper for c in wanted], 0)
+            root = (
+                roots[base][0] if base is not None else bare_root(network, lower, upper, deadline)
+            )
+            box = root.view
+            if not (np.array_equal(box.lower[0], lower) and np.array_equal(box.upper[0], upper)):
+                raise Refused("its box is not that of the tree whose root it shares")
+            proof = Proof(tree, Goal(wanted, clauses), root, budget)
+            if t in shared:
+                roots[t] = Root(root.engine, proof.root), tree
+            proof.run()
+        except Refused as error:
+            raise Refused(f"tree {t}: {error}") from None
+        missing -= set(wanted)
+    if missing:
+        raise Refused(f"clause {min(missing)} is in no tree")
+    return nodes
+
+
+def _documents(trees: Sequence[Any], count: int) -> set[int]:
+    """Check what the document says of the trees; returns those whose root others share."""
+    shared = set()
+    for t, document in enumerate(trees):
+        _expect(document, {"clauses"}, {"root"})
+        numbers, base = document["clauses"], document.get("root", 0)
+        if (
+            not isinstance(numbers, list)
+            or not numbers
+            or len(set(map(str, numbers))) < len(numbers)
+        ):
+            raise Refused(f"tree {t}: clauses must be different numbers")
+        if any(type(c) is not int or not 0 <= c < count for c in numbers):
+            raise Refused(f"tree {t}: the property has clauses 0 to {count - 1}")
+        if "root" in document:
+            if type(base) is not int or not 0 <= base < t or "root" in trees[base]:
+                raise Refused(f"tree {t}: no earlier tree {base!r} with a root of its own")
+            shared.add(base)
+    return shared

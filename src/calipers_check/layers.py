@@ -1,0 +1,288 @@
+"""What a network is made of: affine steps, activations and maxima on flattened values.
+
+A step knows its linear part as a map of vectors (`along`), of their magnitudes (`sizes`) and of rows of coefficients
+(`back`), and how many roundings one of its sums takes (`terms`). All of them work on float64 arrays and, after
+`exact`, on arrays of `Fraction`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+RATIONAL = np.frompyfunc(Fraction, 1, 1)
+
+
+@dataclass
+class Step:
+    """One step; it reads the values ``sources`` and makes one of ``size`` numbers."""
+
+    sources: tuple[int, ...]
+    size: int
+
+    def exact(self) -> Step:
+        """The same with rational numbers."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray) and value.dtype == np.float64:
+                setattr(other, name, RATIONAL(value))
+        return other
+
+
+@dataclass
+class Affine(Step):
+    """sum over sources of L_j v_j, plus bias."""
+
+    bias: Array | None = field(default=None, kw_only=True)
+    elementwise = False  # whether an output depends on one input, each on another
+
+    @property
+    def terms(self) -> int:
+        """Roundings that one coefficient of a sum may take part in; 0: nothing rounds."""
+        return 0
+
+    def along(self, j: int, x: Array) -> Array:
+        """L_j x for vectors (N, in)."""
+        raise NotImplementedError
+
+    def sizes(self, j: int, x: Array) -> Array:
+        """|L_j| x."""
+        return self.along(j, x)
+
+    def back(self, j: int, A: Array) -> Array:
+        """A L_j for rows (R, out)."""
+        raise NotImplementedError
+
+
+@dataclass
+class Dense(Affine):
+    """The last axis, of ``weight.shape[1]`` numbers, times the matrix."""
+
+    weight: Array  # (out, in)
+
+    def __post_init__(self) -> None:
+        self.magnitude = np.abs(self.weight)
+
+    @property
+    def terms(self) -> int:
+        return max(self.weight.shape)
+
+    def _times(self, x: Array, weight: Array) -> Array:
+        return (x.reshape(-1, weight.shape[0]) @ weight).reshape(len(x), -1)
+
+    def along(self, j: int, x: Array) -> Array:
+        return self._times(x, self.weight.T)
+
+    def sizes(self, j: int, x: Array) -> Array:
+        return self._times(x, self.magnitude.T)
+
+    def back(self, j: int, A: Array) -> Array:
+        return self._times(A, self.weight)
+
+
+@dataclass
+class Conv(Affine):
+    """A two-dimensional convolution."""
+
+    weight: Array  # (out, in / groups, h, w)
+    shape: tuple[int, int, int]  # of the operand
+    out: tuple[int, int, int]
+    stride: tuple[int, int]
+    pad: tuple[int, int, int, int]  # top, left, bottom, right
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def terms(self) -> int:
+        return int(np.prod(self.weight.shape))  # more than any sum, in either direction
+
+    def _windows(self) -> list[tuple[int, int, slice, slice]]:
+        spans = []
+        for i in range(self.weight.shape[2]):
+            for k in range(self.weight.shape[3]):
+                at = (i * self.dilation[0], k * self.dilation[1])
+                rows, columns = (
+                    slice(a, a + s * (n - 1) + 1, s)
+                    for a, s, n in zip(at, self.stride, self.out[1:], strict=True)
+                )
+                spans.append((i, k, rows, columns))
+        return spans
+
+    def _padded(self) -> tuple[int, int, int]:
+        top, left, bottom, right = self.pad
+        return self.shape[0], self.shape[1] + top + bottom, self.shape[2] + left + right
+
+    def _inner(self) -> tuple[slice, slice]:
+        top, left, _, _ = self.pad
+        return slice(top, top + self.shape[1]), slice(left, left + self.shape[2])
+
+    def _apply(self, x: Array, weight: Array) -> Array:
+        n, g = len(x), self.groups
+        wide = np.zeros((n, *self._padded()), dtype=x.dtype)
+        wide[:, :, *self._inner()] = x.reshape(n, *self.shape)
+        wide = wide.reshape(n, g, -1, *wide.shape[2:])
+        parts = [wide[..., rows, columns] for _, _, rows, columns in self._windows()]
+        patches = np.stack(parts, 3).reshape(n, g, -1, self.out[1] * self.out[2])
+        return (weight.reshape(g, len(weight) // g, -1) @ patches).reshape(n, -1)
+
+    def along(self, j: int, x: Array) -> Array:
+        return self._apply(x, self.weight)
+
+    def sizes(self, j: int, x: Array) -> Array:
+        return self._apply(x, np.abs(self.weight))
+
+    def back(self, j: int, A: Array) -> Array:
+        n, g = len(A), self.groups
+        matrix = self.weight.reshape(g, len(self.weight) // g, -1)
+        patches = matrix.swapaxes(1, 2) @ A.reshape(n, g, matrix.shape[1], -1)
+        patches = patches.reshape(n, self.shape[0], -1, *self.out[1:])
+        wide = np.zeros((n, *self._padded()), dtype=A.dtype)
+        for p, (_, _, rows, columns) in enumerate(self._windows()):
+            wide[:, :, rows, columns] += patches[:, :, p]
+        return wide[:, :, *self._inner()].reshape(n, -1)
+
+
+@dataclass
+class Pick(Affine):
+    """Sums of elements: output i of those at ``index[i]``, −1 for nothing."""
+
+    index: Array  # (out, k)
+    width: int  # of the operand
+
+    def __post_init__(self) -> None:
+        used = self.index[self.index >= 0]
+        self.most = int(np.bincount(used, minlength=1).max()) if used.size else 0
+        self.elementwise = self.most <= 1 and self.index.shape[1] == 1
+        self.straight = self.elementwise and np.array_equal(self.index[:, 0], np.arange(self.width))
+
+    @property
+    def terms(self) -> int:
+        return 0 if self.elementwise else self.most + self.index.shape[1]
+
+    def along(self, j: int, x: Array) -> Array:
+        if self.straight:
+            return x
+        found = x[:, self.index]
+        if (self.index < 0).any():
+            found[:, self.index < 0] = 0
+        return found[..., 0] if found.shape[2] == 1 else found.sum(2)
+
+    def back(self, j: int, A: Array) -> Array:
+        if self.straight:
+            return A
+        found = np.zeros((len(A), self.width), dtype=A.dtype)
+        for column in self.index.T:
+            known = column >= 0
+            if self.elementwise:
+                found[:, column[known]] = A[:, known]
+            else:
+                np.add.at(found.T, column[known], A[:, known].T)
+        return found
+
+
+@dataclass
+class Scale(Affine):
+    """Each element times, or divided by, its own constant."""
+
+    factor: Array  # (size,)
+    divide: bool = False
+    rounded: bool = False  # the constants stand for numbers next to them
+    elementwise = True
+
+    @property
+    def terms(self) -> int:
+        return 4
+
+    def _times(self, x: Array, factor: Array) -> Array:
+        return x / factor if self.divide else x * factor
+
+    def along(self, j: int, x: Array) -> Array:
+        return self._times(x, self.factor)
+
+    def sizes(self, j: int, x: Array) -> Array:
+        return self._times(x, np.abs(self.factor))
+
+    def back(self, j: int, A: Array) -> Array:
+        return self._times(A, self.factor)
+
+
+@dataclass
+class Sum(Affine):
+    """The sum of the sources, each with a sign."""
+
+    signs: tuple[int, ...]
+
+    @property
+    def terms(self) -> int:
+        return len(self.signs) + 2
+
+    def along(self, j: int, x: Array) -> Array:
+        return x if self.signs[j] > 0 else -x
+
+    def sizes(self, j: int, x: Array) -> Array:
+        return x
+
+    def back(self, j: int, A: Array) -> Array:
+        return self.along(j, A)
+
+
+@dataclass
+class Kink(Step):
+    """f(v) = left·v below 0 and right·v above."""
+
+    left: float
+    right: float
+
+
+@dataclass
+class Maximum(Step):
+    """The largest element of each window; −1 is no element."""
+
+    index: Array  # (out, k)
+
+
+@dataclass
+class Smooth(Step):
+    """An increasing function of each element: "sigmoid" or "tanh"."""
+
+    function: str
+
+
+@dataclass
+class Network:
+    """Value 0 is the input, step k makes value k + 1, and the last value is the output."""
+
+    inputs: int
+    steps: list[Step]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def activations(self) -> list[int]:
+        """The numbers of the steps that are not affine, in order."""
+        return [k for k, step in enumerate(self.steps) if not isinstance(step, Affine)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each value has."""
+        return [self.inputs, *(step.size for step in self.steps)]
+
+    @property
+    def products(self) -> int:
+        """About how many multiplications one evaluation takes."""
+        return sum(_products(step) for step in self.steps)
+
+
+def _products(step: Step) -> int:
+    match step:
+        case Dense():
+            return step.weight.size * max(step.size // max(len(step.weight), 1), 1)
+        case Conv():
+            return step.weight.size * step.out[1] * step.out[2]
+        case Pick() | Maximum():
+            return step.index.size
+    return step.size
