@@ -116,6 +116,18 @@ def test_train_compare_and_sweep(run, tmp_path):
     assert "not the result of a training" in run("compare", tmp_path / "a")[2]
 
 
+def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calipers.training.loop.step", pressed)
+    code, _, err = run("train", "digits_standard", "--run", tmp_path)
+    assert code == 130
+    assert "the same command goes on" in err
+    code, _, err = run("sweep", "digits_standard", "--vary", "seed=0", "--run", tmp_path / "s")
+    assert code == 130
+
+
 def test_the_catalogue_and_bad_arguments(run, tmp_path):
     code, out, _ = run("train", "--list")
     assert code == 0

@@ -666,10 +666,12 @@ def train(
         return
     if recipe is None:
         raise ValueError("RECIPE: name one; calipers train --list shows them")
-    training.train(
+    interrupted = training.train(
         recipe, settings=settings or [], directory=run, data_dir=data_dir, json_file=json,
         tensorboard=tensorboard, anyway=anyway,
     )  # fmt: skip
+    if interrupted:
+        raise typer.Exit(130)
 
 
 @app.command("compare")
@@ -701,9 +703,11 @@ def sweep(
     """RECIPE once for each combination of values, then all side by side; goes on where it stopped."""
     from calipers.cli import training
 
-    training.sweep(
+    interrupted = training.sweep(
         recipe, vary=vary, settings=settings or [], directory=run, data_dir=data_dir, anyway=anyway
     )
+    if interrupted:
+        raise typer.Exit(130)
 
 
 @app.command()
