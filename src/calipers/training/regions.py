@@ -47,15 +47,18 @@ def around(threat: ThreatModel, x: Tensor) -> Region:
         _inside(threat.lower, x, math.inf),
         _inside(threat.upper, x, -math.inf),
     )
-    size = max(abs(low), abs(high))
-    if not math.isfinite(size) or not math.isfinite(eps):
+    if not math.isfinite(eps):
         return threat.around(x)
+    bounded = math.isfinite(low) and math.isfinite(high)
+    size = max(abs(low), abs(high)) if bounded else float(x.abs().amax())
     eps = max(0.0, eps - 2 * torch.finfo(x.dtype).eps * (size + eps))
     return box((x - eps).clamp_min(low), (x + eps).clamp_max(high), x, eps)
 
 
 def _inside(bound: Number, x: Tensor, towards: float) -> float:
-    """A domain's bound in the dtype of ``x``, rounded inwards."""
+    """A domain's bound in the dtype of ``x``, rounded inwards; infinite where there is none."""
+    if isinstance(bound, float) and math.isinf(bound):
+        return bound
     value = float(exact(bound))
     near = torch.tensor(value, dtype=x.dtype)
     if (float(near) - value) * towards < 0:
