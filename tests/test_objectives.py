@@ -159,10 +159,14 @@ def test_ibp_is_above_sabr_above_its_point(plain):
 def test_small_boxes_lie_in_the_region_and_hold_the_point(plain):
     """In float32, where the region's own ends are rounded."""
     network = capture(copy.deepcopy(plain.module).float(), X[:2].float())
+    x = X.float()
+    x[0, 0, 0] = EPS + 1e-8 * torch.arange(
+        6
+    )  # lower ends so small that differences with upper ones lose them
     for share in (0.0, 0.3, 0.7, 1.0):
         box = partial(objectives.small_box, share=share)
-        step = Step(network, X.float(), Y, THREAT, SEEDS, point=points.pgd, region=box)
-        whole, small = THREAT.around(X.float()), step.region
+        step = Step(network, x, Y, THREAT, SEEDS, point=points.pgd, region=box)
+        whole, small = THREAT.around(x), step.region
         assert whole.contains(small.lower).all()
         assert whole.contains(small.upper).all()
         assert ((small.lower <= step.point + 1e-6) & (step.point <= small.upper + 1e-6)).all()
@@ -544,8 +548,10 @@ def test_points_are_strictly_in_the_region(plain, p):
         assert region.contains(find(model, threat, X.float(), Y, SEEDS)).all()
 
 
-def test_points_at_the_domains_edge_stay_inside(plain):
-    threat = ThreatModel(math.inf, "0.3", "0.35", "0.6")  # whose float32 neighbours lie outside
+@pytest.mark.parametrize(("low", "high"), [(0.35, 0.6), ("0.35", "0.6")])
+def test_points_at_the_domains_edge_stay_inside(plain, low, high):
+    # these bounds' float32 neighbours lie outside
+    threat = ThreatModel(math.inf, "0.3", low, high)
     x = torch.rand(6, 1, 6, 6) * 0.2 + 0.37
     x[0] = torch.tensor(0.6).nextafter(torch.tensor(0.0))
     x[1] = torch.tensor(0.35).nextafter(torch.tensor(1.0))
