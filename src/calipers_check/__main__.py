@@ -51,5 +51,10 @@ def _say(line: str, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """The console script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

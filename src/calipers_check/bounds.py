@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from calipers_check.errors import Refused
-from calipers_check.layers import RATIONAL, Affine, Array, Dense, Kink, Maximum, Network, Smooth
+from calipers_check.layers import RATIONAL, Affine, Array, Dense, Kink, Maximum, Network
 from calipers_check.smooth import image as smooth_image
 from calipers_check.smooth import lines as smooth_lines
 
 U = 2.0**-53
 TINY = 1e-290  # more than any sum of underflows
-NUMBERS = 1 << 21  # of one array of rows
+NUMBERS = 1 << 18  # of one array of rows
 
 
 def gamma(n: float) -> float:
@@ -61,7 +61,7 @@ class View:
         self.cache.pop(k, None)
 
     @property
-    def empty(self) -> Array:
+    def empty(self) -> Any:
         """Which nodes have a box or an interval without any point: (N,)."""
         found = (self.lower > self.upper).any(1)
         for low, high in self.known.values():
@@ -113,17 +113,18 @@ class Engine:
         self, network: Network, lower: Array, upper: Array, *, exact: bool, deadline: float
     ) -> None:
         self.network, self.exact, self.deadline = network, exact, deadline
-        self.steps = [s.exact() for s in network.steps] if exact else network.steps
-        self.u, self.tiny = (0, 0) if exact else (U, TINY)
+        self.steps: list[Any] = [s.exact() if exact else s for s in network.steps]
+        self.u: float = 0 if exact else U
+        self.tiny: float = 0 if exact else TINY
         self.widest = max(network.sizes)
         self.sharp = _sharp(network)
-        self.root = View(*(self.array(v).reshape(1, -1) for v in (lower, upper)), {})
+        self.root = View(self.array(lower).reshape(1, -1), self.array(upper).reshape(1, -1), {})
         self.noise: list[Array] = []
         boxes = self.intervals(self.root)
         if not exact:
             self._measure(boxes)
 
-    def array(self, values: Array) -> Array:
+    def array(self, values: Array) -> Any:
         """Float64 numbers in this arithmetic."""
         found = np.asarray(values, dtype=np.float64)
         return RATIONAL(found) if self.exact and found.size else found
@@ -136,7 +137,7 @@ class Engine:
     def intervals(
         self, view: View, refine: Callable[[int], None] | None = None
     ) -> list[tuple[Array, Array]]:
-        """The boxes of all values, and ``view.known`` met with them; ``refine(k)`` may then improve the operand of k."""
+        """The boxes of all values. ``view.known`` is met with them; then ``refine(k)`` may improve it for step k."""
         boxes = [(view.lower, view.upper)]
         for k, step in enumerate(self.steps):
             self.hurry()
@@ -157,13 +158,12 @@ class Engine:
         if not step.terms and step.bias is None:
             return step.along(0, ends[0][0]), step.along(0, ends[0][1])
         g = self.gamma(step.terms + 8)
-        center = reach = None
+        center = reach = self.array(np.zeros(1))
         for j, (low, high) in enumerate(ends):
             middle = low + (high - low) / 2
             radius = np.maximum(high - middle, middle - low)
             radius = radius + (g * (np.abs(middle) + radius) + self.tiny)
-            c, r = step.along(j, middle), step.sizes(j, radius)
-            center, reach = (c, r) if center is None else (center + c, reach + r)
+            center, reach = center + step.along(j, middle), reach + step.sizes(j, radius)
         reach = reach * (1 + 2 * g) + self.tiny
         if step.bias is not None:
             center = center + step.bias
@@ -174,10 +174,12 @@ class Engine:
         step, (low, high) = self.steps[k], view.known[k]
         if isinstance(step, Maximum):
             return self._windows(step, low).max(2), self._windows(step, high).max(2)
-        if isinstance(step, Smooth):
+        if not isinstance(step, Kink):
             return smooth_image(step.function, low, high)
-        assert isinstance(step, Kink)
-        ends = [np.where(v >= 0, v * self._slope(step.right), v * self._slope(step.left)) for v in (low, high)]
+        ends = [
+            np.where(v >= 0, v * self._slope(step.right), v * self._slope(step.left))
+            for v in (low, high)
+        ]
         least, most = np.minimum(*ends), np.maximum(*ends)
         if step.left < 0:
             least = np.where(~((low >= 0) | (high <= 0)), np.minimum(least, 0), least)
@@ -188,8 +190,8 @@ class Engine:
             most + (2 * self.u * np.abs(most) + self.tiny),
         )
 
-    def _slope(self, value: float) -> float:
-        return RATIONAL(value) if self.exact else value  # type: ignore[no-any-return]
+    def _slope(self, value: float) -> Any:
+        return RATIONAL(value) if self.exact else value
 
     @staticmethod
     def _windows(step: Maximum, v: Array) -> Array:
@@ -230,9 +232,8 @@ class Engine:
         step, (low, high) = self.steps[k], view.known[k]
         if isinstance(step, Kink):
             return ~((low >= 0) | (high <= 0))  # so also where an end is unknown
-        if isinstance(step, Smooth):
+        if not isinstance(step, Maximum):
             return np.ones(low.shape, dtype=bool)
-        assert isinstance(step, Maximum)
         lows, highs = self._windows(step, low), self._windows(step, high)
         possible = ~(highs < lows.max(2, keepdims=True)) & (step.index >= 0)
         possible &= possible.sum(2, keepdims=True) > 1
@@ -244,13 +245,13 @@ class Engine:
     def lines(self, k: int, view: View) -> Lines:
         """Default lines of an activation of single elements."""
         if k not in view.cache:
-            low, high = view.known[k]
-            step = self.steps[k]
-            if isinstance(step, Smooth):
-                view.cache[k] = Lines(*smooth_lines(step.function, low, high))
-            else:
-                assert isinstance(step, Kink)
-                view.cache[k] = self._kink_lines(step, low, high)
+            step, ends = self.steps[k], view.known[k]
+            kink = isinstance(step, Kink)
+            view.cache[k] = (
+                self._kink_lines(step, *ends)
+                if kink
+                else Lines(*smooth_lines(step.function, *ends))
+            )
         return view.cache[k]
 
     def _kink_lines(self, step: Kink, low: Array, high: Array) -> Lines:
@@ -324,25 +325,26 @@ class Engine:
         step = self.steps[k]
         if isinstance(step, Maximum):
             return self._bend_maximum(step, view.known[k], A, owner)
-        lines = Lines(*(None if v is None else _own(v, owner) for v in self.lines(k, view)))
+        lines = Lines(*(_own(v, owner) for v in self.lines(k, view)))
         if choices is not None and k in choices.numbers and isinstance(step, Kink):
             lines = self._chosen(step, lines, choices.elements[k], choices.numbers[k])
-        positive = A >= 0
-        offset = np.where(
-            positive,
-            0 if lines.below_offset is None else lines.below_offset,
-            0 if lines.above_offset is None else lines.above_offset,
-        )
-        parts = A * offset
-        lost = self.gamma(A.shape[1] + 2) * np.abs(parts).sum(1)
-        return A * np.where(positive, lines.below, lines.above), parts.sum(1), lost
+        above, below = np.minimum(A, 0), np.maximum(A, 0)  # which line each coefficient takes
+        total = size = self.array(np.zeros(len(A)))
+        for part, offset in ((below, lines.below_offset), (above, lines.above_offset)):
+            if offset is not None:
+                total = total + _dot(part, offset)
+                size = size + _dot(np.abs(part), np.abs(offset))
+        below *= lines.below
+        above *= lines.above
+        below += above
+        return below, total, self.gamma(A.shape[1] + 2) * size
 
     def _chosen(self, step: Kink, lines: Lines, elements: Array, numbers: Array) -> Lines:
         """With the slopes that ``numbers`` choose, for elements whose two slopes differ."""
         left, right = self._slope(step.left), self._slope(step.right)
         convex = step.right >= step.left
         # where the function is linear both lines are that function, without offsets
-        offset = lines.above_offset if convex else lines.below_offset
+        offset: Any = lines.above_offset if convex else lines.below_offset
         free = np.broadcast_to(offset[:, elements] != 0, numbers.shape)
         slope = np.clip(left + numbers * (right - left), min(left, right), max(left, right))
         old = lines.below if convex else lines.above
@@ -381,21 +383,19 @@ class Engine:
             np.add.at(lost, push.row, gamma(len(push.row) + 4) * size + TINY)
         return offset, lost
 
-    def least(self, view: View, planes: Planes, owner: Array) -> Array:
+    def least(self, view: View, planes: Planes, owner: Array) -> Any:
         """The minimum of each plane over its node's box, rounded down. `Planes.c` has room for the sum's rounding."""
         middle = view.lower + (view.upper - view.lower) / 2
         radius = np.maximum(view.upper - middle, middle - view.lower)
         radius = radius + (4 * self.u * radius + self.tiny)
         G = planes.G
-        if len(view) == 1:
-            return planes.c + (G @ middle[0] - np.abs(G) @ radius[0])
         middle, radius = _own(middle, owner), _own(radius, owner)
-        return planes.c + ((G * middle).sum(1) - (np.abs(G) * radius).sum(1))
+        return planes.c + (_dot(G, middle) - _dot(np.abs(G), radius))
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
     def units(self, value: int, element: Array, sign: Array, owner: Array) -> tuple[int, Rows]:
-        """Rows sign·v[element], pulled through the product before them where that is free; and the value they are of."""
+        """Rows sign·v[element], and their value: where that is free they are already rows of the value before."""
         step = self.steps[value - 1] if value else None
         sign = self.array(sign)
         E = np.zeros(len(element)) if self.exact else self.noise[value][element]
@@ -444,13 +444,20 @@ class Engine:
         return (slice(i, i + size) for i in range(0, count, size))
 
 
-def _own(values: Array, owner: Array) -> Array:
+def _own(values: Any, owner: Array) -> Any:
     """The rows' own entries of what nodes have; one node serves all."""
-    if len(values) == 1:
+    if values is None or len(values) == 1:
         return values
     if len(values) == len(owner) and (owner == np.arange(len(owner))).all():
         return values
-    return values[owner]
+    return np.take(values, owner, 0)
+
+
+def _dot(rows: Array, vectors: Array) -> Any:
+    """The product of each row with its vector, or with the only one."""
+    if rows.dtype == object:
+        return (rows * vectors).sum(1)
+    return rows @ vectors[0] if len(vectors) == 1 else np.einsum("rn,rn->r", rows, vectors)
 
 
 def _sharp(network: Network) -> list[bool]:

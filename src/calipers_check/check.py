@@ -75,7 +75,9 @@ def check(
     return Accepted(len(clauses), len(trees), nodes, digest)
 
 
-def _expect(value: Any, needed: set[str], optional: frozenset[str] | set[str] = frozenset()) -> None:
+def _expect(
+    value: Any, needed: set[str], optional: frozenset[str] | set[str] = frozenset()
+) -> None:
     if not isinstance(value, dict) or not needed <= set(value) <= needed | optional:
         keys = sorted(value) if isinstance(value, dict) else value
         raise Refused(f"expected the keys {sorted(needed)}, not {str(keys)[:80]}")
@@ -131,14 +133,18 @@ def _inline(entry: Any, arrays: Mapping[str, Array]) -> tuple[list[Clause], str]
         raise Refused("property: arrays of shapes that do not fit")
     if any(v.dtype != np.float64 or not np.isfinite(v).all() for v in (lower, upper, C, d)):
         raise Refused("property: expected finite float64 numbers")
-    if clause.dtype.kind not in "iu" or clause[0] or not np.isin(np.diff(clause.astype(int)), [0, 1]).all():
+    if (
+        clause.dtype.kind not in "iu"
+        or clause[0]
+        or not np.isin(np.diff(clause.astype(int)), [0, 1]).all()
+    ):
         raise Refused("property: clauses are not numbered in order")
     digest = hashlib.sha256(b"".join(arrays[f"property/{n}"].tobytes() for n in INLINE)).hexdigest()
     numbers = range(int(clause[-1]) + 1)
     return [Clause(lower, upper, C[clause == c], d[clause == c]) for c in numbers], digest
 
 
-# -- trees --------------------------------------------------------------------------------------------------------------
+# -- trees ----------------------------------------------------------------------------------------------------
 
 
 def _prove(
@@ -167,7 +173,9 @@ def _prove(
                 continue
             lower = np.min([clauses[c].lower for c in wanted], 0)
             upper = np.max([clauses[c].upper for c in wanted], 0)
-            root = roots[base][0] if base is not None else bare_root(network, lower, upper, deadline)
+            root = (
+                roots[base][0] if base is not None else bare_root(network, lower, upper, deadline)
+            )
             box = root.view
             if not (np.array_equal(box.lower[0], lower) and np.array_equal(box.upper[0], upper)):
                 raise Refused("its box is not that of the tree whose root it shares")
@@ -189,7 +197,11 @@ def _documents(trees: Sequence[Any], count: int) -> set[int]:
     for t, document in enumerate(trees):
         _expect(document, {"clauses"}, {"root"})
         numbers, base = document["clauses"], document.get("root", 0)
-        if not isinstance(numbers, list) or not numbers or len(set(map(str, numbers))) < len(numbers):
+        if (
+            not isinstance(numbers, list)
+            or not numbers
+            or len(set(map(str, numbers))) < len(numbers)
+        ):
             raise Refused(f"tree {t}: clauses must be different numbers")
         if any(type(c) is not int or not 0 <= c < count for c in numbers):
             raise Refused(f"tree {t}: the property has clauses 0 to {count - 1}")

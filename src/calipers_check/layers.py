@@ -158,9 +158,7 @@ class Pick(Affine):
         used = self.index[self.index >= 0]
         self.most = int(np.bincount(used, minlength=1).max()) if used.size else 0
         self.elementwise = self.most <= 1 and self.index.shape[1] == 1
-        self.straight = self.elementwise and np.array_equal(
-            self.index[:, 0], np.arange(self.width)
-        )
+        self.straight = self.elementwise and np.array_equal(self.index[:, 0], np.arange(self.width))
 
     @property
     def terms(self) -> int:
@@ -229,7 +227,8 @@ class Sum(Affine):
     def sizes(self, j: int, x: Array) -> Array:
         return x
 
-    back = along
+    def back(self, j: int, A: Array) -> Array:
+        return self.along(j, A)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def network(data: bytes) -> Network:
 
     try:
         model = onnx.load_from_string(data)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  protobuf raises what it likes
         raise Unusable(f"network: not readable as ONNX: {str(error)[:200]}") from None
     try:
         return _Reader(model).network()
@@ -82,7 +82,9 @@ class _Reader:
             self.known[tensor.name] = self.to_array(tensor)
         inputs = [i for i in graph.input if i.name not in self.known]
         if len(inputs) != 1 or len(graph.output) != 1:
-            raise Unusable(f"network: {len(inputs)} inputs, {len(graph.output)} outputs; expected 1")
+            raise Unusable(
+                f"network: {len(inputs)} inputs, {len(graph.output)} outputs; expected 1"
+            )
         dims = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
         shape = [d or (1 if i == 0 else 0) for i, d in enumerate(dims)]  # no number: the batch
         if not 0 < math.prod(shape) <= MAX_NUMBERS:
@@ -116,7 +118,9 @@ class _Reader:
                 raise Unusable(f"network: {node.op_type} has a parameter that is not finite")
         rule, understood = OPERATORS[node.op_type]
         if odd := set(attributes) - set(understood.split()):
-            raise Unusable(f"network: {node.op_type} with {', '.join(sorted(odd))} is not supported")
+            raise Unusable(
+                f"network: {node.op_type} with {', '.join(sorted(odd))} is not supported"
+            )
         found = rule(self, args, attributes)
         found = found if isinstance(found, list) else [found]
         if any(isinstance(f, Variable) and f.size > MAX_NUMBERS for f in found):
@@ -177,7 +181,9 @@ class _Reader:
 def _real(constant: Array) -> Array:
     """In float64, exactly."""
     found = constant.astype(np.float64)
-    if constant.dtype.kind not in "fiuV" or (np.abs(found) >= 2.0**53).any() and constant.dtype.kind in "iu":
+    if constant.dtype.kind not in "fiuV" or (
+        constant.dtype.kind in "iu" and (np.abs(found) >= 2.0**53).any()
+    ):
         raise Unusable(f"network: parameters of type {constant.dtype} are not supported")
     return found
 
@@ -208,9 +214,7 @@ def _merged(steps: Sequence[Step]) -> list[Step]:
     return _rebuilt(steps, taken)
 
 
-def _rebuilt(
-    steps: Sequence[Step], dropped: Callable[[list[Step], Step, int], bool]
-) -> list[Step]:
+def _rebuilt(steps: Sequence[Step], dropped: Callable[[list[Step], Step, int], bool]) -> list[Step]:
     """Without the steps that ``dropped(those before, step, number of the value made last)`` takes out; what read them
     reads what they read."""
     number = {0: 0}
@@ -241,7 +245,7 @@ def _attribute(a: Any, to_array: Callable[[Any], Array]) -> Any:
     raise Unusable(f"network: attribute {a.name} of an unknown kind")
 
 
-# -- operators: (reader, arguments, attributes) -> variable, constant or a list of them ---------------------------------
+# -- operators: (reader, arguments, attributes) -> variable, constant or a list of them ---------
 
 
 def _constant(_: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
@@ -314,7 +318,12 @@ def _unsqueeze(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
 
 def _slice(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     if "starts" in attributes:
-        starts, ends, axes, steps = attributes["starts"], attributes["ends"], attributes.get("axes"), None
+        starts, ends, axes, steps = (
+            attributes["starts"],
+            attributes["ends"],
+            attributes.get("axes"),
+            None,
+        )
     else:
         starts, ends, axes, steps = (*args[1:], None, None)[:4]
     starts = [int(v) for v in np.atleast_1d(starts)]
@@ -330,7 +339,9 @@ def _slice(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
 
 
 def _gather(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
-    return r.moved(args[0], lambda v: np.take(v, args[1].astype(np.int64), attributes.get("axis", 0)))
+    return r.moved(
+        args[0], lambda v: np.take(v, args[1].astype(np.int64), attributes.get("axis", 0))
+    )
 
 
 def _split(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
@@ -340,16 +351,16 @@ def _split(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
         raise Unusable("network: Split without sizes")
     ends = np.cumsum([int(v) for v in sizes])[:-1]
     count = len(sizes)
-    return [r.moved(args[0], lambda v, i=i: np.split(v, ends, axis)[i]) for i in range(count)]
+    return [r.moved(args[0], lambda v, i=i: np.split(v, ends, axis)[i]) for i in range(count)]  # type: ignore[misc]
 
 
 def _pad(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     x = args[0]
-    pads = attributes.get("pads", args[1] if len(args) > 1 else None)
+    pads: Any = attributes.get("pads", args[1] if len(args) > 1 else None)
     value = attributes.get("value", 0.0) if len(args) < 3 or args[2] is None else float(args[2])
     if attributes.get("mode", "constant") != "constant" or value or len(args) > 3:
         raise Unusable("network: only padding with zeros is supported")
-    pads = [int(v) for v in pads]
+    pads = [int(v) for v in np.atleast_1d(pads)]
     n = len(x.shape)
     if min(pads) < 0 or len(pads) != 2 * n:
         raise Unusable("network: padding that removes elements is not supported")
@@ -421,7 +432,9 @@ def _gemm(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     x, matrix = args[:2]
     bias = args[2] if len(args) > 2 else None
     if not isinstance(x, Variable) or isinstance(matrix, Variable) or isinstance(bias, Variable):
-        raise Unusable("network: Gemm with anything but a constant matrix and bias is not supported")
+        raise Unusable(
+            "network: Gemm with anything but a constant matrix and bias is not supported"
+        )
     if attributes.get("transA"):
         x = r.moved(x, np.transpose)
     if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
@@ -458,10 +471,13 @@ def _conv(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     flat = weight.ndim == 3  # one dimension: a row
     if weight.ndim not in (3, 4):
         raise Unusable("network: Conv of other than one or two dimensions is not supported")
-    shape = (x.shape[1], *([1] if flat else []), *x.shape[2:])
-    end = (len(weight), *([1] if flat else []), *out)
+    shape: Any = (x.shape[1], *([1] if flat else []), *x.shape[2:])
+    end: Any = (len(weight), *([1] if flat else []), *out)
     weight = _real(weight).reshape(*weight.shape[:2], -1, weight.shape[-1])
-    two = (lambda v, fill: (fill, v[0])) if flat else (lambda v, fill: tuple(v))
+
+    def two(v: Sequence[int], fill: int) -> Any:
+        return (fill, v[0]) if flat else tuple(v)
+
     size = len(pads) // 2
     padding = (*two(pads[:size], 0), *two(pads[size:], 0))
     if bias is not None:
@@ -486,7 +502,8 @@ def _windows(x: Variable, attributes: dict[str, Any]) -> tuple[Array, tuple[int,
     reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     view = np.lib.stride_tricks.sliding_window_view(grid, reach, tuple(range(2, n + 2)))
     view = view[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
-    view = view[(..., *(slice(None, None, d) for d in dilation))]
+    steps: Any = (..., *(slice(None, None, d) for d in dilation))
+    view = view[steps]
     if math.prod(view.shape) > MAX_NUMBERS:
         raise Unusable("network: windows with too many elements")
     return view.reshape(-1, math.prod(kernel)), (1, x.shape[1], *out)

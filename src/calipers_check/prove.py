@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from calipers_check.bounds import U, Choices, Engine, Planes, Pushes, Rows, View, gamma
+from calipers_check.bounds import Choices, Engine, Planes, Pushes, Rows, U, View, gamma
 from calipers_check.errors import Refused
 from calipers_check.layers import Array, Network, Scale, Smooth
 from calipers_check.tree import Tree
@@ -100,16 +100,14 @@ class Proof:
         Raises:
             Refused: naming a node where a clause stays open.
         """
-        ends = [
-            [self.root.known[k][i][:, live] for k, live in self.live.items()] for i in (0, 1)
-        ]
+        ends = [[self.root.known[k][i][:, live] for k, live in self.live.items()] for i in (0, 1)]
         low, high = (np.concatenate([np.zeros((1, 0)), *v], 1) for v in ends)
         still = np.ones((1, self.goal.count), dtype=bool)
         first = np.zeros(1, dtype=np.int64)
         self.walk([Open(first, self.root.lower, self.root.upper, low, high, still)])
 
     def walk(self, stack: list[Open]) -> None:
-        """Prove all these nodes, and those below them."""
+        """Prove these nodes and all below them."""
         while stack:
             self.engine.hurry()
             children = self._children(self._visited(_taken(stack, self.batch)))
@@ -136,11 +134,11 @@ class Proof:
         nodes = self._trimmed(nodes, found)
         leaf = self.tree.child[nodes.node] == 0
         for i in np.flatnonzero(leaf & nodes.open.any(1)):
-            self._last_resort(nodes.at(slice(i, i + 1)), found, i)
+            self._last_resort(nodes.at(slice(i, i + 1)), found, int(i))
         return nodes.at(nodes.open.any(1) & ~leaf)
 
     def _empty(self, nodes: Open) -> Array:
-        return (nodes.lower > nodes.upper).any(1) | (nodes.low > nodes.high).any(1)
+        return np.asarray((nodes.lower > nodes.upper).any(1) | (nodes.low > nodes.high).any(1))
 
     def _view(self, nodes: Open) -> View:
         known = {}
@@ -189,11 +187,13 @@ class Proof:
 
     def _rationally(self, node: Open, found: Sequence[Found], place: int) -> bool:
         plain = not any(
-            isinstance(s, Smooth) or (isinstance(s, Scale) and s.rounded) for s in self.network.steps
+            isinstance(s, Smooth) or (isinstance(s, Scale) and s.rounded)
+            for s in self.network.steps
         )
         rows = len(self.goal.d) + 1
         close = self.network.products <= SMALL or any(
-            ((some.owner == place) & ~(some.least + 2 * some.planes.lost <= 0)).any() for some in found
+            ((some.owner == place) & ~(some.least + 2 * some.planes.lost <= 0)).any()
+            for some in found
         )
         if not plain or not close or not self.budget.pays(4 * rows * self.network.products):
             return False
@@ -251,7 +251,10 @@ class Proof:
         tree = self.tree
         number = int(np.searchsorted(tree.steps, k))
         first, last = (np.searchsorted(tree.bound_node, nodes, side) for side in ("left", "right"))
-        rows = [a + np.flatnonzero(tree.bound_layer[a:b] == number) for a, b in zip(first, last, strict=True)]
+        rows = [
+            a + np.flatnonzero(tree.bound_layer[a:b] == number)
+            for a, b in zip(first, last, strict=True)
+        ]
         owner = np.repeat(np.arange(len(nodes)), [len(r) for r in rows])
         row = np.concatenate([np.zeros(0, dtype=np.int64), *rows])
         width = int(tree.columns.before[number])
@@ -319,7 +322,7 @@ class Proof:
         inside = np.full(max(self.goal.numbers) + 2, -1)
         inside[self.goal.numbers] = np.arange(self.goal.count)
         clause = np.where(clause < 0, -1, inside[clause])
-        wanted = np.where(clause < 0, still.any(1)[owner], still[owner, clause])
+        wanted = np.where(clause < 0, np.any(still, 1)[owner], still[owner, clause])
         owner, row, clause = owner[wanted], row[wanted], clause[wanted]
         found = []
         for part in engine.chunks(len(row)):
@@ -408,7 +411,7 @@ class Proof:
         still = nodes.open.copy()
         for c in range(self.goal.count):
             l, u = nodes.lower.copy(), nodes.upper.copy()
-            planes = _ranked(found, c, len(nodes.node))
+            planes = _ranked(found, c)
             for _ in range(2):
                 for owner, G, b in planes:
                     l[owner], u[owner] = _cut(l[owner], u[owner], G, b)
@@ -457,7 +460,7 @@ def _meet(low: Array, high: Array, row: Array, column: Array, point: Array, side
         low[row, column] = np.fmax(low[row, column], point)
 
 
-def _ranked(found: Sequence[Found], clause: int, count: int) -> list[tuple[Array, Array, Array]]:
+def _ranked(found: Sequence[Found], clause: int) -> list[tuple[Array, Array, Array]]:
     """The clause's planes as a list of (nodes, G, c) in which no node comes twice in one entry."""
     ranked = []
     for some in found:
@@ -501,7 +504,11 @@ def _taken(stack: list[Open], count: int) -> Open:
             top = top.at(slice(len(top.node) - count, None))
         parts.append(top)
         count -= len(top.node)
-    return parts[0] if len(parts) == 1 else Open(*(np.concatenate(v) for v in zip(*parts, strict=True)))
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Open(*(np.concatenate(v) for v in zip(*parts, strict=True)))
+    )
 
 
 def bare_root(network: Network, lower: Array, upper: Array, deadline: float) -> Root:

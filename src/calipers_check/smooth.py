@@ -65,7 +65,9 @@ def _above(name: str, low: Array, high: Array, shift: float) -> tuple[Array, Arr
     touch = np.clip(_where_slope(slope_of, slope, high), first, last)
     turn = slope_of(touch) - slope
     margin = ERROR * (1 + np.abs(slope) * np.maximum(np.abs(low), np.abs(high)))
-    tangent = base(touch) - slope * touch + np.maximum(turn * (first - touch), turn * (last - touch))
+    tangent = (
+        base(touch) - slope * touch + np.maximum(turn * (first - touch), turn * (last - touch))
+    )
     tangent = tangent + ERROR * (last - first)
     offset = np.maximum(np.maximum(ends[0], ends[1]), np.where(high > 0, tangent, ends[2]))
     return slope, offset - shift + 4 * margin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,10 +12,18 @@ from calipers_check.layers import Array, Network
 
 MAX_NODES = 20_000_000
 INTEGERS, NUMBERS, SHARES = "iu", "f", "fu"
-NODES = {"child": 0, "layer": 0, "element": 0, "point": 0, "bounds": 3, "proof": 2, "trim": 1}
-ROWS = ("column.layer", "column.element", "bound.node", "bound.layer", "bound.element", "bound.side", "bound.choice")
+NODES = {"layer": 0, "element": 0, "point": 0, "bounds": 3, "proof": 2, "trim": 1}
+ROWS = (
+    "column.layer",
+    "column.element",
+    "bound.node",
+    "bound.layer",
+    "bound.element",
+    "bound.side",
+    "bound.choice",
+)
 LINES = ("line.node", "line.clause", "line.choice", "choice", "multiplier", "weight")
-NAMES = {*NODES, *ROWS, *LINES}
+NAMES = {"child", *NODES, *ROWS, *LINES}
 
 
 class Columns(NamedTuple):
@@ -88,15 +96,14 @@ class Tree:
             raise Refused(f"{n} nodes; at most {MAX_NODES} are checked")
         parents = np.flatnonzero(child)
         pairs = child[parents]
-        if (pairs <= parents).any() or not np.array_equal(np.sort(pairs), np.arange(1, n, 2)):
+        ordered = n % 2 == 1 and bool((pairs > parents).all())
+        if not ordered or not np.array_equal(np.sort(pairs), np.arange(1, n, 2)):
             raise Refused("array child: not a tree in which children follow their parents in pairs")
         self.child, self.parent = child, np.zeros(n, dtype=np.int64)
         self.parent[pairs] = self.parent[pairs + 1] = parents
-        if n % 2 == 0:
-            raise Refused("array child: the last node has no parent")
-        for name, most in NODES.items():
-            if name != "child":
-                setattr(self, name, self._per_node(name, most, n))
+        self.layer, self.element, self.point, self.bounds, self.proof, self.trim = (
+            self._per_node(name, most, n) for name, most in NODES.items()
+        )
         self._check_splits(parents)
         # how many splits of neurons lie above each node, by doubling the stride
         self.depth = np.where(np.arange(n) > 0, self.layer[self.parent] >= 0, 0).astype(np.int64)
@@ -174,7 +181,7 @@ class Tree:
         self.multiplier = self._not_negative("multiplier", int(self.line_start[-1]))
         own = np.array([*counts, 0], dtype=np.int64)[clause]  # −1: no functional
         self.weight_start = np.concatenate([[0], np.cumsum(np.where(own > 1, own, 0))])
-        self.weight = self._not_negative("weight", int(self.weight_start[-1]))
+        self.weight: Any = self._not_negative("weight", int(self.weight_start[-1]))
         if self.weight is None and self.weight_start[-1]:
             raise Refused("array weight: missing")
 

@@ -18,10 +18,10 @@ MAX_DEPTH = 100
 MAX_DISJUNCTS = 100_000
 MAX_VARIABLES = 10**7
 MAX_NUMBERS = 1 << 27
-_TOKEN = re.compile(
-    r";[^\n]*+|[()]|(?:[^\s()\[\];]++)?\s*+\[[^\]()]*+\]|[^\s()\[\];]++|[\[\]]", re.ASCII
+_TOKEN = re.compile(r";[^\n]*+|[()]|[^\s()\[\];]*+\[[^\]()]*+\]|[^\s()\[\];]++", re.ASCII)
+_NUMBER = re.compile(
+    r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII
 )
-_NUMBER = re.compile(r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII)
 _FLAT = re.compile(r"([XY])_(0|[1-9]\d{0,7})", re.ASCII)
 _ENTRY = re.compile(r"(\w+)\s*\[([\s\d,]*)\]", re.ASCII)
 _RELATIONS = {"<=": (1,), "<": (1,), ">=": (-1,), ">": (-1,), "=": (1, -1), "==": (1, -1)}
@@ -71,12 +71,12 @@ def _forms(text: str) -> Iterable[list[Any]]:
         if text[at : match.start()].strip():
             raise Unusable(f"property: cannot read {text[at : match.start()].strip()[:40]!r}")
         at = match.end()
-        token = match.group().strip()
-        if token == "(":
+        word = match.group().strip()
+        if word == "(":
             stack.append([])
             if len(stack) > MAX_DEPTH:
                 raise Unusable(f"property: nested more than {MAX_DEPTH} deep")
-        elif token == ")":
+        elif word == ")":
             if not stack:
                 raise Unusable("property: a closing parenthesis too many")
             form = stack.pop()
@@ -84,10 +84,10 @@ def _forms(text: str) -> Iterable[list[Any]]:
                 stack[-1].append(form)
             else:
                 yield form
-        elif not token.startswith(";"):
+        elif not word.startswith(";"):
             if not stack:
-                raise Unusable(f"property: {token[:40]!r} outside of parentheses")
-            stack[-1].append(token)
+                raise Unusable(f"property: {word[:40]!r} outside of parentheses")
+            stack[-1].append(word)
     if stack or text[at:].strip():
         raise Unusable("property: the text ends inside a form")
 
@@ -205,7 +205,9 @@ class _Query:
         if count > MAX_DISJUNCTS or count * inputs > MAX_NUMBERS:
             raise Unusable(f"property: {count} disjuncts of {inputs} inputs are too many")
         base = self.part(self.plain, _Part())
-        base_void = base.false or any(base.low[i] > base.high[i] for i in base.low if i in base.high)
+        base_void = base.false or any(
+            base.low[i] > base.high[i] for i in base.low if i in base.high
+        )
         lower, upper = np.full(inputs, -np.inf), np.full(inputs, np.inf)
         _fill(lower, upper, base)
         found = []
@@ -223,9 +225,7 @@ class _Query:
                 for variable, coefficient in form.terms.items():
                     row[~variable] = float(coefficient)
             d = np.array([_below(form.constant) for form in part.rows], dtype=np.float64)
-            ends = ((part.low.get(i, base.low.get(i)), part.high.get(i, base.high.get(i)))
-                    for i in {*part.low, *part.high})
-            void = base_void or part.false or any(low > high for low, high in ends)
+            void = base_void or part.false or part.contradicts(base)
             found.append(Clause(l, u, C, d, void))
         return found
 
@@ -267,6 +267,14 @@ class _Part:
             else:
                 self.low[i] = max(self.low.get(i, base.low.get(i, end)), end)
         # what relates several inputs, or inputs and outputs, is left out: that makes more points unsafe
+
+    def contradicts(self, base: _Part) -> bool:
+        """Whether its bounds, or its and those of ``base``, leave nothing."""
+        for i in self.low.keys() | self.high.keys():
+            low, high = self.low.get(i, base.low.get(i)), self.high.get(i, base.high.get(i))
+            if low is not None and high is not None and low > high:
+                return True
+        return False
 
 
 def _places(text: str) -> tuple[int, ...]:

@@ -441,6 +441,22 @@ Flag = Annotated[bool, typer.Option()]
 
 
 @app.command()
+def check(
+    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE")],
+    network: Annotated[Path, typer.Option(metavar="FILE.onnx", help="May be gzipped.")],
+    property: Annotated[  # noqa: A002
+        Path | None,
+        typer.Option(metavar="FILE.vnnlib", help="If it is not written into the certificate."),
+    ] = None,
+) -> None:
+    """Check a certificate by the independent program calipers-check: exit code 0 accepted, 1 refused, 2 unusable."""
+    from calipers_check.__main__ import main as run
+
+    given = [] if property is None else ["--property", str(property)]
+    sys.exit(run([str(certificate), "--network", str(network), *given]))
+
+
+@app.command()
 def supports(
     onnx_opset_versions: Flag = False,
     onnx_element_types: Flag = False,
