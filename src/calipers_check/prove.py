@@ -103,9 +103,11 @@ class Proof:
         ends = [[self.root.known[k][i][:, live] for k, live in self.live.items()] for i in (0, 1)]
         low, high = (np.concatenate([np.zeros((1, 0)), *v], 1) for v in ends)
         still = np.ones((1, self.goal.count), dtype=bool)
-        stack = [
-            Open(np.zeros(1, dtype=np.int64), self.root.lower, self.root.upper, low, high, still)
-        ]
+        first = np.zeros(1, dtype=np.int64)
+        self.walk([Open(first, self.root.lower, self.root.upper, low, high, still)])
+
+    def walk(self, stack: list[Open]) -> None:
+        """Prove all these nodes, and those below them."""
         while stack:
             self.engine.hurry()
             children = self._children(self._visited(_taken(stack, self.batch)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from calipers_check.vnnlib import Clause
-from calipers_check.vnnlib import clauses as clauses_of
 from torch import Tensor
 
 from calipers.errors import CertificateError
+from calipers.exact.grow import grown
 from calipers.exact.record import Proof, Record
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Network
@@ -30,6 +30,10 @@ from calipers.ops import facts
 from calipers.ops.kinds import Affine
 from calipers.spec import Spec
 from calipers.vnnlib import Case
+from calipers_check import onnx_file
+from calipers_check.container import read_bytes
+from calipers_check.vnnlib import Clause
+from calipers_check.vnnlib import clauses as clauses_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Arrays = dict[str, Array]
@@ -133,6 +137,7 @@ def of_query(
     files: tuple[Path, Path],
     cases: Sequence[Case],
     proofs: Mapping[tuple[int, int], Record | str],
+    seconds: float = math.inf,
 ) -> bytes:
     """The certificate that a query cannot be satisfied.
 
@@ -140,6 +145,7 @@ def of_query(
         files: the network's and the query's.
         cases: of the query.
         proofs: for each case and row what proved its specification, a record or the name of a bound.
+        seconds: that trees of input splits may take to grow, see `grown`.
 
     Raises:
         CertificateError: the format has no words for it.
@@ -149,7 +155,13 @@ def of_query(
     found = [Tree([c], {"bounds": ONE}) for c, clause in enumerate(clauses) if clause.void]
     for place, claims in matched(clauses, cases).items():
         how = proofs[place]
-        found += [named(how, claims)] if isinstance(how, str) else trees(how, claims, numbers)
+        own = [named(how, claims)] if isinstance(how, str) else list(trees(how, claims, numbers))
+        if isinstance(how, Record) and how.of_inputs:
+            model = onnx_file.network(read_bytes(files[0]))
+            own = [
+                t._replace(arrays=grown(t.arrays, model, clauses, t.clauses, seconds)) for t in own
+            ]
+        found += own
     return encoded(files[0], digest(files[1]), found)
 
 
