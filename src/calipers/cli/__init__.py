@@ -410,10 +410,20 @@ def verify(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
     ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what proves unsat, for calipers-check."),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Answer unsat without a certificate that the checker accepts."),
+    ] = False,
     json: Json = None,
     seed: Seed = 0,
 ) -> None:
     """Decide a VNN-LIB query: sat, unsat, unknown or timed-out as the first line, then a counterexample.
+
+    On piecewise-linear networks unsat means that calipers_check, the independent checker, accepted a certificate.
 
     Everything else goes to stderr. Exit code 0 for an answer, unknown and timed-out included; 2 if the query or the
     network cannot be read or do not fit, 3 if something failed that should not (stdout says unknown then); 130 after
@@ -433,6 +443,8 @@ def verify(
         memory=memory,
         json_file=json,
         seed=seed,
+        fast=fast,
+        certificate=certificate,
     )
     raise typer.Exit(code)
 
