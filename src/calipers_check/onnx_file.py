@@ -177,7 +177,7 @@ class _Reader:
         if bias is not None:
             bias = np.broadcast_to(_real(bias), shape).reshape(-1)
         turned = np.ascontiguousarray(matrix.T)
-        if x.size == len(matrix) and SPARSE * np.count_nonzero(turned) < turned.size:
+        if x.size == len(matrix) and 0 < SPARSE * np.count_nonzero(turned) < turned.size:
             row, column = np.nonzero(turned)
             entry = _real(turned[row, column])
             step: Step = Sparse((x.number,), len(turned), row, column, entry, x.size, bias=bias)
