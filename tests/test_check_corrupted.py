@@ -143,10 +143,10 @@ def test_documents_that_are_refused(tmp_path: Path, change: dict[str, Any], reas
 def test_another_network_or_property_is_refused(tmp_path: Path) -> None:
     true, false, arrays = cases(tmp_path)
     path = true.write(arrays)
-    with pytest.raises(Refused, match="property: .* another"):
+    with pytest.raises(Refused, match=r"property: .* another"):
         check(path, true.network, false.prop)
     true.network.write_bytes(mlp(random_layers(6, (2, 3, 2, 1))))
-    with pytest.raises(Refused, match="network: .* another"):
+    with pytest.raises(Refused, match=r"network: .* another"):
         check(path, true.network, true.prop)
     with pytest.raises(Unusable, match="nothing"):
         check(tmp_path / "nothing", true.network, true.prop)
