@@ -183,7 +183,7 @@ def test_a_crash_is_unknown(run, folder: Path, monkeypatch) -> None:
     def crash(*_, **__):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(verifying, "decide", crash)
+    monkeypatch.setattr(verifying, "_decided", crash)
     code, out, err = run("verify", folder / "net.onnx", folder / "unsat.vnnlib")
     assert (code, out) == (3, "unknown\n")
     assert "AttributeError: a bug (exit code 3)" in err
@@ -193,7 +193,7 @@ def test_ctrl_c_is_unknown(run, folder: Path, monkeypatch) -> None:
     def press(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verifying, "decide", press)
+    monkeypatch.setattr(verifying, "_decided", press)
     code, out, _ = run("verify", folder / "net.onnx", folder / "unsat.vnnlib")
     assert (code, out) == (130, "unknown\n")
 
