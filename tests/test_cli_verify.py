@@ -211,7 +211,7 @@ def test_one_long_step_does_not_outlast_the_limit(folder: Path) -> None:
         "import signal, sys, time\nfrom calipers.cli import verifying, main\n"
         "def hang(*a, **k):\n"
         "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n    time.sleep(60)\n"
-        "verifying.decide = hang\n"
+        "verifying._decided = hang\n"
         f"sys.argv = ['calipers', 'verify', {str(folder / 'net.onnx')!r}, {str(folder / 'sat.vnnlib')!r},"
         " '--timeout', '0.5']\nmain()\n"
     )
