@@ -50,7 +50,8 @@ class Run:
         validation: so many training examples, the same for every seed, are kept for selection.
         select: the measure on these (``clean``, ``attacked``, ``certified``) whose best epoch is the result, among
             epochs at the full radius; None: the last epoch.
-        fallback: the objective to go on with after catastrophic overfitting, from the last good epoch.
+        fallback: the objective, with the same knobs, to go on with after catastrophic overfitting, from the last good
+            epoch.
         attack, bounds: of the final evaluation; bounds in turn, each on what the ones before left open.
         check: epochs between measurements on the validation examples.
         device: ``cpu``, or ``gpu`` for a training that is out of reach without one.
