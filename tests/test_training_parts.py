@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 
@@ -180,10 +181,10 @@ def test_tensorboard_gets_the_numbers_and_its_absence_is_said(tmp_path, monkeypa
         raise ImportError(name)
 
     module = type("module", (), {"SummaryWriter": Writer})
-    monkeypatch.setattr("importlib.import_module", lambda name: module)
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
     Log(tmp_path, tensorboard=True).write({"step": 3, "loss": 0.5, "finding": "chance"})
     assert seen == [str(tmp_path / "tensorboard"), ("step", 3, 3), ("loss", 0.5, 3)]
-    monkeypatch.setattr("importlib.import_module", absent)
+    monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         Log(tmp_path, tensorboard=True)
 
