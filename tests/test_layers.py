@@ -36,7 +36,8 @@ ATTACKS = L0 | {"seeds"}
 BOUNDS = L2 | {"seeds", "programs"}
 L4 = BOUNDS | {"bounds"}
 L5 = L4 | {"attacks", "exact", "", "data"}  # "": the version
-TOP = L5 | {"downloads", "images", "evaluate", "models", "zoo", "api", "training", "recipes", "cli"}
+TOP = L5 | {"downloads", "images", "evaluate", "models", "zoo", "api", "training", "recipes"}
+TOP |= {"reproduce", "cli"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
@@ -66,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": L5,
     "api": L5 | {"evaluate", "models", "zoo"},
     "recipes": TOP,
+    "reproduce": L5 | {"training", "models"},
     "cli": TOP,
     "": TOP,
 }
