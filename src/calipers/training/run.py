@@ -15,9 +15,9 @@ from calipers.attacks import pgd
 from calipers.bounds import interval
 from calipers.describe import describe
 from calipers.errors import unknown_name
-from calipers.sets import ThreatModel, exact
+from calipers.sets import ThreatModel
 from calipers.training.objectives import Objective
-from calipers.training.schedules import Schedule, constant
+from calipers.training.schedules import Schedule
 
 MEASURES = ("clean", "attacked", "certified")
 DEVICES = ("cpu", "gpu")
@@ -140,12 +140,6 @@ class Run:
     def full(self, epoch: float) -> bool:
         """Whether the radius has reached its last value at ``epoch``."""
         return self.eps(epoch) >= self.eps(self.epochs)
-
-
-def standard_eps(threat: ThreatModel) -> Schedule:
-    """The threat's own radius from the first step on."""
-    eps = threat.eps
-    return constant(float(eps.max()) if isinstance(eps, Tensor) else float(exact(eps)))
 
 
 def _plain(value: Any) -> Any:
