@@ -208,6 +208,7 @@ def test_the_monitor_sees_what_it_should():
     nothing = {"valid_certified": 0.0}
     assert kinds(nothing, nothing) == ["uncertified"]
     assert kinds(nothing, nothing, full=False) == []
+    assert kinds(nothing, {}, nothing, {}) == ["uncertified"]  # measured every other epoch
     assert kinds(nothing, {"valid_certified": 0.2}) == []
     assert kinds(*({"unstable": u} for u in (0.1, 0.12, 0.2))) == ["unstable"]
     assert kinds(*({"unstable": u} for u in (0.01, 0.02, 0.04))) == []
