@@ -359,3 +359,21 @@ def test_an_interrupted_attack_leaves_everything_as_it_was(
         assert parameter.requires_grad
         assert parameter.grad is None
         assert torch.equal(parameter, before[key])
+
+
+OTHER = torch.float32 if X.dtype == torch.float64 else torch.float64
+MISTAKES: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "numpy inputs": (lambda: attack(NET, X.numpy(), Y, THREAT), DataError, "as_tensor"),  # type: ignore[arg-type]
+    "a list of labels": (lambda: attack(NET, X, Y.tolist(), THREAT), ValueError, "y: list"),  # type: ignore[arg-type]
+    "another dtype": (lambda: attack(NET, X.to(OTHER), Y, THREAT), ModelError, "does not take"),
+    "too few specifications": (
+        lambda: fgsm(NET, THREAT.around(X), Spec.label(Y[:2], K)), ValueError, "2 specifications for",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_common_mistakes_are_named(mistake: str) -> None:
+    call, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        call()

@@ -14,10 +14,11 @@ from torch import nn
 import calipers as cp
 from calipers import ThreatModel, audit, explain
 from calipers.bracket import Verdict
+from calipers.confidence import clopper_pearson
 from calipers.data import load
+from calipers.describe import describe
 from calipers.errors import DataError, ModelError, SoundnessError, UnsupportedOp
-from calipers.evaluate.cascade import Stage, default_cascade, describe, select
-from calipers.evaluate.statistics import clopper_pearson
+from calipers.evaluate.cascade import Stage, default_cascade, select
 from calipers.models import load_model
 
 THREAT = ThreatModel(math.inf, "0.1")

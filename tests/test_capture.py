@@ -476,7 +476,7 @@ REFUSED: dict[str, tuple[Callable[..., object], str | None]] = {
     "divisor of a pool": (
         lambda m, x: F.avg_pool2d(m.a(x)[:, None, None], (1, 2), divisor_override=3).flatten(1), "divisor_override",
     ),
-    "uneven pool": (lambda m, x: F.adaptive_avg_pool1d(m.a(x)[:, None], 3).flatten(1), "uneven"),
+    "batch last": (lambda m, x: torch.einsum("bi,ij->jb", x, m.a.weight.T), "mixes the batch"),
     "reflection": (lambda m, x: F.pad(m.a(x)[:, None], (1, 1), mode="reflect").flatten(1), "reflect"),
 }  # fmt: skip
 

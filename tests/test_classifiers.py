@@ -163,6 +163,36 @@ class Encoder(nn.Module):
         return self.head(h.mean(1))
 
 
+class Decoder(nn.Module):
+    """Attention that may not look ahead, or only where a mask lets it; windows of uneven size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.head = nn.Linear(12, 3)
+        self.register_buffer("mask", torch.linspace(-2, 2, 16).reshape(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.ones(4, 4, dtype=torch.bool).tril()
+        h = self.layer(x[:, 0, ::2], src_mask=~seen)
+        h = h + F.scaled_dot_product_attention(h, 2 * h, h, is_causal=True)
+        h = h + F.scaled_dot_product_attention(h, h, h - 1, attn_mask=self.mask)
+        pooled = F.adaptive_avg_pool2d(h.unsqueeze(1), (3, 3)).flatten(1)
+        return self.head(torch.cat([pooled, F.adaptive_avg_pool1d(h.flatten(1), 3)], 1))
+
+
+class Contraction(nn.Module):
+    """Sums of products by their letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(8, 3, 4) / 4), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.einsum("bti,ijk->bkjt", x[:, 0], self.weight)
+        return self.head(torch.einsum("bkjt,bkls->bjl", h, h).flatten(1) / 16)
+
+
 class Rounded(nn.Module):
     """A network on a binarised image."""
 
@@ -176,14 +206,17 @@ class Rounded(nn.Module):
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
     c.__name__: c
-    for c in (Transformer, Convnext, Excitation, Dense, Free, Arithmetic, Encoder, Rounded)
+    for c in (Transformer, Convnext, Excitation, Dense, Free, Arithmetic, Encoder, Decoder, Rounded)
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+BOUNDED = MODULES | {"Contraction": Contraction}  # which ONNX files are not read with
+
+
+@pytest.mark.parametrize("name", BOUNDED)
 def test_bounds_of_common_classifiers(name: str) -> None:
     torch.manual_seed(0)
-    module = MODULES[name]().eval()
+    module = BOUNDED[name]().eval()
     x = torch.rand(2, 1, 8, 8)
     network = cp.capture(module, x)
     region = cp.ThreatModel(float("inf"), 0.01).around(x)

@@ -99,6 +99,7 @@ CASES: list[Case] = [
         (In(2, 1), In(2, 3)),
         (In(2, 3), In(1, 3)),
     ),
+    *cases(prim.weigh, (In(2, 3), Const(2, 3, positive=True)), (In(2, 3), Const(3, positive=True))),
     *cases(torch.div, (In(3), Const(3)), (In(3), -0.7), (In(2, 1), Const(2, 3))),
     *cases(
         prim.batch_norm,
@@ -131,6 +132,12 @@ CASES: list[Case] = [
         torch.sum, (In(3, 4), (2,), False), (In(3, 4, 2), (1, 3), True), (In(3, 4), (1, 2), False)
     ),
     *cases(torch.mean, (In(3, 4), (2,), True), (In(3, 4, 2), (1, 3), False), (In(3), (1,), False)),
+    *cases(
+        prim.einsum,
+        (In(2, 3), Const(3, 4), "bij,jk->bki"),
+        (Const(3, 2), In(4, 3), "ij,bki->bjk"),
+        (In(2, 3), Const(2, 3), "bij,ij->bj"),
+    ),
     *cases(
         prim.average_pool,
         (In(2, 7), (3,), (2,), (1,)),

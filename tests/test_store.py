@@ -15,7 +15,8 @@ from calipers.data import load
 from calipers.errors import StoreMismatch
 from calipers.evaluate import audit
 from calipers.evaluate.cascade import select
-from calipers.evaluate.store import Store, code_digest, model_digest, write_atomically
+from calipers.evaluate.store import Store, code_digest, model_digest
+from calipers.files import write_atomically
 from calipers.models import load_model
 
 THREAT = ThreatModel(math.inf, "0.1")

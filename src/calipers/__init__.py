@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from calipers.sets import Region as Region
     from calipers.sets import ThreatModel as ThreatModel
     from calipers.spec import Spec as Spec
+    from calipers.training.loop import train as train
+    from calipers.training.run import Run as Run
 
 _WHERE = {
     "attack": "calipers.api",
@@ -111,11 +113,15 @@ _WHERE = {
     "Region": "calipers.sets",
     "ThreatModel": "calipers.sets",
     "Spec": "calipers.spec",
+    "train": "calipers.training",
+    "Run": "calipers.training",
 }
 __all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - the table is the list
 
 
 def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return importlib.import_module("calipers.recipes")
     if name not in _WHERE:
         raise AttributeError(f"module 'calipers' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)

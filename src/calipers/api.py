@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks import search
+from calipers.attacks.inputs import called
 from calipers.bounds import crown
 from calipers.bracket import Bracket, require_eval
 from calipers.errors import DataError, ModelError
@@ -37,14 +38,14 @@ def attack(
     Raises:
         DataError: inputs outside the domain, not finite, or not floating point.
         ValueError: labels that the model's outputs do not have.
-        ModelError: normalisation or dropout is in training mode.
+        ModelError: normalisation or dropout is in training mode; it takes another dtype than that of ``x``.
     """
     require_eval(model)
     region = threat.around(x)
     if len(y) != len(x):
         raise ValueError(f"y: {len(y)} labels for {len(x)} examples")
     with torch.no_grad():
-        logits = model(x[:1])
+        logits = called(model, x[:1])
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no tensor"
         raise ModelError(f"model: outputs have {shape}; a classifier returns (batch, K) logits")

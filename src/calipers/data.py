@@ -26,6 +26,11 @@ from calipers.errors import DataError, unknown_name
 
 DIGITS_TRAIN = 1297  # of the 1,797 digits, in the order of the packaged file
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIZES: dict[str, tuple[tuple[int, ...], int]] = {  # shape of an example, and training examples
+    "digits": ((1, 8, 8), DIGITS_TRAIN),
+    "mnist": ((1, 28, 28), 60_000),
+    "cifar10": ((3, 32, 32), 50_000),
+}
 _TEN = tuple("0123456789")
 FOLDER = ("x.npy", "y.npy")
 # what numpy and zipfile raise on damaged files

@@ -13,7 +13,8 @@ CalipersError
 ├── SolverError         an external solver failed
 ├── CertificateError    there is no certificate of what was proved
 ├── MemoryLimit         a single example does not fit into memory
-└── StoreMismatch       a stored run belongs to another model, data, threat or version
+├── StoreMismatch       a stored run belongs to another model, data, threat or version
+└── TrainingError       a training cannot go on (NaN, a GPU that is not there, ...)
 
 A wrong *argument* (a negative radius, an unknown name) is a ``ValueError`` that names the argument and
 its value. The command line turns both kinds into one paragraph on stderr and exit code 2.
@@ -88,6 +89,10 @@ class MemoryLimit(CalipersError, MemoryError):
 
 class StoreMismatch(CalipersError):
     """A stored run belongs to another model, data set, threat model or code version."""
+
+
+class TrainingError(CalipersError):
+    """A training cannot go on, or cannot start here; the message says what to change."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:

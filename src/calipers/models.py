@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from calipers.errors import CalipersError, ModelError, unknown_name
+from calipers.files import write_atomically
 from calipers.graph.graph import Network
 from calipers.zoo import ZOO
 
@@ -191,6 +192,14 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, error) from None
     return state
+
+
+def save_weights(module: nn.Module, path: str | Path) -> None:
+    """The module's state in a ``.safetensors`` file, whole or not at all; `load_weights` reads it."""
+    from safetensors.torch import save
+
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    write_atomically(path, save(state))
 
 
 def _plain(state: Any, file: Path) -> dict[str, Tensor]:

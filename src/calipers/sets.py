@@ -115,6 +115,7 @@ class ThreatModel:
             DataError: ``x`` is not floating point, not finite, off the grid, or lies outside the domain.
             ValueError: eps, lower, upper or mask does not broadcast to one example.
         """
+        require_tensor(x)
         if not x.is_floating_point():
             raise DataError(
                 f"x: dtype {x.dtype} is not floating point; convert and scale the inputs first"
@@ -144,6 +145,14 @@ class ThreatModel:
         if self.mask is not None:
             parts.append(f"where the mask is true ({int(self.mask.sum())} of {self.mask.numel()})")
         return ", ".join(parts)
+
+
+def require_tensor(x: object) -> None:
+    """Raises:
+    DataError: inputs that are no tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise DataError(f"x: {type(x).__name__}, not a tensor; convert it with torch.as_tensor")
 
 
 @dataclass(frozen=True, eq=False)

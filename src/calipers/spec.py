@@ -150,6 +150,10 @@ class Spec:
 
 
 def _check_labels(y: Tensor, num_classes: int, name: str) -> None:
+    if not isinstance(y, Tensor):
+        raise ValueError(
+            f"{name}: {type(y).__name__}, not a tensor; convert it with torch.as_tensor"
+        )
     if y.is_floating_point() or y.dtype == torch.bool or y.ndim != 1:
         raise ValueError(
             f"{name}: labels must be a vector of integers, not {y.dtype} of shape {tuple(y.shape)}"

@@ -87,7 +87,7 @@ def pgd(
     center = region.project(region.center.to(dtype))
     best = Record.at(center)
     plain = direction == "gradient"
-    length = step_size if plain else _length(region, step_size, dtype)
+    length = step_size if plain else step_length(region, step_size, dtype)
     for restart in range(restarts):
         x = region.sample(seeds + restart, dtype) if random_start or restart else center
         rows = _Rows(None, region, spec, x, length)
@@ -141,7 +141,7 @@ def _unblocked(region: Region, x: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(room | ball, gradient, 0.0)
 
 
-def _length(region: Region, step_size: float, dtype: torch.dtype) -> float | Tensor:
+def step_length(region: Region, step_size: float, dtype: torch.dtype) -> float | Tensor:
     """The step in input units; one number where all examples share it."""
     unit = region.unit
     flat = unit.flatten()

@@ -36,19 +36,39 @@ NO_GRADIENT = (
 )
 
 
+def called(model: Callable[[Tensor], object], point: Tensor) -> object:
+    """What the model returns.
+
+    Raises:
+        ModelError: it does not take this dtype, or has left torch on the way.
+    """
+    try:
+        return model(point)
+    except RuntimeError as error:
+        text = str(error)
+        if "dtype" in text or text.startswith("Input type"):
+            raise ModelError(
+                f"model: does not take {point.dtype} ({text}); give the inputs, or the attack's dtype, as the model's "
+                "parameters are, or convert the model (model.double())"
+            ) from error
+        if "requires grad" not in text:  # what NumPy conversions of such a tensor raise
+            raise
+        raise ModelError(NO_GRADIENT) from error
+
+
 def traced(model: Callable[[Tensor], object], point: Tensor, spec: Spec) -> Tensor:
     """The model's outputs at ``point``, which requires a gradient, ready to be differentiated.
 
     Raises:
         ModelError: they are not what `outputs_of` asks for, or torch cannot differentiate them; the message names
             attacks that need no gradient.
+        ValueError: the specification is one of another number of examples.
     """
-    try:
-        y = outputs_of(model(point), spec, len(point))
-    except RuntimeError as error:
-        if "requires grad" not in str(error):  # what NumPy conversions of such a tensor raise
-            raise
-        raise ModelError(NO_GRADIENT) from error
+    if len(spec) != len(point):
+        raise ValueError(
+            f"spec: {len(spec)} specifications for {len(point)} examples; one for each is needed"
+        )
+    y = outputs_of(called(model, point), spec, len(point))
     if not y.requires_grad:
         raise ModelError(NO_GRADIENT)
     return y

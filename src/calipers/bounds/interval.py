@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.state import State, absolute, flat
+from calipers.graph import primitives as prim
 from calipers.graph.graph import Node
 from calipers.ops import Step
 from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum
 from calipers.sets import Interval
+
+MOVERS = (prim.reshape, prim.identity, torch.permute)  # of one argument, each of its numbers once
 
 
 def propagate(
@@ -63,10 +66,12 @@ def _visit(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any])
     if isinstance(step.kind, Affine):
         center = step.node.op(*args, **kwargs)
         box = _affine(state, step.kind, step, args, kwargs, center)
+        width = state.widths.get(step.reads[0]) if step.node.op in MOVERS else None
+        if width is not None:
+            state.widths[name] = step.node.op(width, *args[1:], **kwargs)
     else:
         box = RULES[type(step.kind)](state, step, args, kwargs)
-        width = state.widths[name] = box.upper - box.lower
-        center = torch.add(box.lower, width, alpha=0.5)
+        center, state.widths[name] = _middle(box)
     state.boxes[name], state.env[name] = box, center
 
 
@@ -107,11 +112,51 @@ def _affine(
     width = kind.magnitude(2 * gamma, *_with(state, step, widths), **kwargs)
     if gamma:
         width = width + 4 * state.tiny
-    return Interval(torch.sub(center, width, alpha=0.5), torch.add(center, width, alpha=0.5))
+    return _ends(center, width)
 
 
 def _center(x: Interval) -> Tensor:
     return torch.add(x.lower, x.upper - x.lower, alpha=0.5)
+
+
+# The two changes of form, as one autograd node each: on small networks passes over memory are half of a training step.
+
+
+def _middle(box: Interval) -> tuple[Tensor, Tensor]:
+    """Centre and width."""
+    if torch.is_grad_enabled() and (box.lower.requires_grad or box.upper.requires_grad):
+        center, width = _Middle.apply(*box)  # type: ignore[no-untyped-call]
+        return center, width
+    width = box.upper - box.lower
+    return torch.add(box.lower, width, alpha=0.5), width
+
+
+def _ends(center: Tensor, width: Tensor) -> Interval:
+    if torch.is_grad_enabled() and (center.requires_grad or width.requires_grad):
+        return Interval(*_Ends.apply(center, width))  # type: ignore[no-untyped-call]
+    return Interval(torch.sub(center, width, alpha=0.5), torch.add(center, width, alpha=0.5))
+
+
+class _Middle(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        width = high - low
+        return torch.add(low, width, alpha=0.5), width
+
+    @staticmethod
+    def backward(_ctx: Any, center: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        high = torch.add(width, center, alpha=0.5)
+        return torch.sub(high, width, alpha=2), high
+
+
+class _Ends(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, center: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sub(center, width, alpha=0.5), torch.add(center, width, alpha=0.5)
+
+    @staticmethod
+    def backward(_ctx: Any, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        return low + high, (high - low).mul_(0.5)
 
 
 def magnitude(x: Interval) -> Tensor:

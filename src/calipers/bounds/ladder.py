@@ -82,7 +82,7 @@ def crown_ibp(
     Cost: about three forward passes and one backward pass of M rows.
     Reference: Zhang et al. 2020 (CROWN-IBP), section 3.
     """
-    return chunked(_crown_ibp, network, region, spec, dtype, rigorous, memory, statistics)
+    return chunked(crown_ibp_bounds, network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def crown(
@@ -213,7 +213,7 @@ def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
     return value.squeeze(-1)
 
 
-def _crown_ibp(state: State, spec: Spec) -> Tensor:
+def crown_ibp_bounds(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
     propagate(state, until=state.network.graph.output)
     tail = state.facts.tail
@@ -229,7 +229,7 @@ def _crown(state: State, spec: Spec) -> Tensor:
 
 
 def crown_over_ibp(state: State, spec: Spec) -> Tensor:
-    weak = _crown_ibp(state, spec)
+    weak = crown_ibp_bounds(state, spec)
     return torch.fmax(_crown(state, spec), weak)
 
 

@@ -188,7 +188,7 @@ def dual(
     Cost: as `crown`; with ``raw`` two backward rows for every neuron.
     Reference: Wong and Kolter 2018, Theorem 1 and Algorithm 1.
     """
-    run = partial(_dual, raw=raw)
+    run = partial(dual_bounds, raw=raw)
     return chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
 
 
@@ -207,7 +207,7 @@ def parallel(kind: Activation, box: Interval, args: Sequence[Any]) -> tuple[Tens
     return lower, share(first.upper_slope, last.upper_slope, first.lower_slope)
 
 
-def _dual(state: State, spec: Spec, *, raw: bool) -> Tensor:
+def dual_bounds(state: State, spec: Spec, *, raw: bool) -> Tensor:
     C, d = check_spec(state, spec)
     weak = None if raw else interval_bounds(state, spec)
     state.choose = parallel

@@ -296,6 +296,44 @@ def replay(
 
 
 @app.command()
+def gate(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT.json", help="What calipers audit --json wrote.")
+    ],
+    certified: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least certified accuracy: 85% or 0.85.")
+    ] = None,
+    empirical: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least accuracy under attack.")
+    ] = None,
+    clean: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Least accuracy without any change.")
+    ] = None,
+    estimates: Annotated[
+        bool,
+        typer.Option(
+            "--estimates",
+            help="Let the shares of a sample count as they are, not their 95 % confidence limits.",
+        ),
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", help="Write the outcome as JUnit XML.")
+    ] = None,
+) -> None:
+    """Hold an audit's result against thresholds, for continuous integration.
+
+    Exit code 0 if all hold, 1 if any fails.
+    """
+    from calipers.cli import gating
+
+    if not gating.run(
+        result, {"certified": certified, "empirical": empirical, "clean": clean},
+        estimates=estimates, junit_file=junit,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
+@app.command()
 def transfer(
     witnesses: Annotated[
         Path,
@@ -539,6 +577,145 @@ def bench(
         domains=domains, exact=exact, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
+
+
+runs = typer.Typer(
+    help="Run directories of audits: list, show, compare, export.", no_args_is_help=True
+)
+app.add_typer(runs, name="runs")
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="What calipers audit --run named.")]
+
+
+@runs.command("list")
+def list_runs(
+    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.")] = Path(),
+) -> None:
+    """A line for every run at or below DIR."""
+    from calipers.cli import running
+
+    running.listed(root)
+
+
+@runs.command()
+def show(run: Run) -> None:
+    """What a run measured, and what each of its stages did."""
+    from calipers.cli import running
+
+    running.shown(run)
+
+
+@runs.command()
+def diff(
+    first: Run,
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
+) -> None:
+    """How two runs differ: in what they measured, and in which examples.
+
+    Exit code 1 if both measured the same thing and one proves what the other breaks.
+    """
+    from calipers.cli import running
+
+    if not running.compared(first, second):
+        raise typer.Exit(1)
+
+
+@runs.command()
+def export(
+    run: Run,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="FILE.csv, .json, .parquet (by example) or .tex (by stage)."
+        ),
+    ],
+) -> None:
+    """Write a run's examples for other programs."""
+    from calipers.cli import running
+
+    running.export(run, out)
+
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of the recipe, or a plain field of its run."
+    ),
+]
+Anyway = Annotated[
+    bool,
+    typer.Option("--anyway", help="Train without a GPU what needs one, however long it takes."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A name from --list.")
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="The recipes, with what they need and give.")
+    ] = False,
+    settings: Settings = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep network, log and checkpoint here; goes on there."),
+    ] = None,
+    data_dir: DataDir = None,
+    json: Json = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard's files into DIR.")
+    ] = False,
+    anyway: Anyway = False,
+) -> None:
+    """Train a network by RECIPE: adversarially or for certificates, then measure it once on test data.
+
+    Several processes: torchrun --nproc-per-node N -m calipers.cli train RECIPE --run DIR.
+    """
+    from calipers.cli import training
+
+    if listed:
+        training.listing()
+        return
+    if recipe is None:
+        raise ValueError("RECIPE: name one; calipers train --list shows them")
+    training.train(
+        recipe, settings=settings or [], directory=run, data_dir=data_dir, json_file=json,
+        tensorboard=tensorboard, anyway=anyway,
+    )  # fmt: skip
+
+
+@app.command("compare")
+def compare_trainings(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of calipers train --run.")
+    ],
+) -> None:
+    """Trainings side by side: clean, empirical and certified accuracy, and cost."""
+    from calipers.cli import training
+
+    training.compare(runs)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As in calipers train.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=A,B,...", help="A setting and its values; may be repeated."),
+    ],
+    run: Annotated[
+        Path, typer.Option(metavar="DIR", help="A folder for each training goes in here.")
+    ],
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    anyway: Anyway = False,
+) -> None:
+    """RECIPE once for each combination of values, then all side by side; goes on where it stopped."""
+    from calipers.cli import training
+
+    training.sweep(
+        recipe, vary=vary, settings=settings or [], directory=run, data_dir=data_dir, anyway=anyway
+    )
 
 
 vnncomp = typer.Typer(

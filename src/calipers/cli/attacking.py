@@ -25,7 +25,7 @@ from calipers.evaluate.audit import sample
 from calipers.evaluate.empirical import empirical
 from calipers.evaluate.replay import replay as run_replay
 from calipers.evaluate.replay import replay_assignment
-from calipers.evaluate.store import model_digest, write_atomically
+from calipers.evaluate.store import model_digest
 from calipers.evaluate.transfer import transfer as run_transfer
 from calipers.evaluate.witnesses import (
     Witnesses,
@@ -34,6 +34,7 @@ from calipers.evaluate.witnesses import (
     same_examples,
     save_witnesses,
 )
+from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
 from calipers.seeds import seeds as seeds_of

@@ -16,9 +16,9 @@ from calipers.evaluate.bench_tables import bench_table, peer_table, score_table
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.peers import compare, compared
 from calipers.evaluate.plots import cactus
-from calipers.evaluate.store import write_atomically
 from calipers.evaluate.vnncomp import score, totals
 from calipers.evaluate.vnncomp_scripts import write_scripts
+from calipers.files import write_atomically
 
 SOLVED, CONTRADICTED, INTERRUPTED = 0, 1, 130
 

@@ -28,8 +28,8 @@ from calipers.evaluate import explain as run_explain
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.limits import bytes_of
-from calipers.evaluate.store import write_atomically
 from calipers.exact import EXACT
+from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
 from calipers.sets import ThreatModel

@@ -49,3 +49,16 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
             f"--input-shape: {text} has {math.prod(shape):,} numbers; at most {2**28:,}"
         )
     return shape
+
+
+def share_of(text: str, option: str) -> float:
+    """``85%`` or ``0.85`` as a share.
+
+    Raises:
+        ValueError: anything else, or not between 0 and 1.
+    """
+    found = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?|\.\d{1,9})\s?(%?)", text.strip())
+    share = float(found[1]) / (100 if found[2] else 1) if found else math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"{option}: cannot read {text!r}; write a share such as 85% or 0.85")
+    return share

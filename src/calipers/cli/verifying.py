@@ -20,9 +20,9 @@ from calipers.cli.options import writable
 from calipers.errors import CalipersError, NoInputs, SpecError
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.queries import read
-from calipers.evaluate.store import write_atomically
 from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
+from calipers.files import write_atomically
 from calipers.graph.onnx_file import write_tensor
 from calipers.vnnlib import Query, format_assignment
 

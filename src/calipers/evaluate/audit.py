@@ -23,7 +23,7 @@ from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, evaluating
 from calipers.grid import to_grid
-from calipers.sets import ThreatModel
+from calipers.sets import ThreatModel, require_tensor
 
 DEPLOYED = (
     "certified (deployed): also of the network as it runs in {}, whatever the order of its sums"
@@ -154,8 +154,9 @@ def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
     """``x`` as the network takes it: on its device, in its dtype, grid points as grid points of that dtype.
 
     Raises:
-        DataError: the threat model has a grid and ``x`` is not on it.
+        DataError: no tensor, or the threat model has a grid and ``x`` is not on it.
     """
+    require_tensor(x)
     moved = x.to(network.device, network.dtype)
     if threat.grid is None or moved.dtype == x.dtype:
         return moved

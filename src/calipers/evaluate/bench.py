@@ -28,9 +28,10 @@ import torch
 from calipers import __version__
 from calipers.errors import CalipersError, NoInputs, SpecError, StoreMismatch
 from calipers.evaluate.queries import read
-from calipers.evaluate.store import code_digest, write_atomically
+from calipers.evaluate.store import code_digest
 from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
+from calipers.files import write_atomically
 from calipers.graph.graph import Network
 from calipers.graph.onnx import load_onnx
 from calipers.vnnlib import Query, format_assignment, instances

@@ -18,6 +18,7 @@ from torch import Tensor
 from calipers.attacks import auto, fgsm, pgd
 from calipers.bounds import alpha_crown, crown, crown_ibp, interval
 from calipers.bounds.ladder import neurons
+from calipers.describe import describe
 from calipers.errors import unknown_name
 from calipers.evaluate.solvers import complete
 from calipers.graph.graph import Network
@@ -51,18 +52,6 @@ class Stage:
         """Name, function, keywords and precision: what identifies the stage in a stored run."""
         precision = f" in {self.dtype}" if self.side == "bound" else ""
         return f"{self.name}: {self.side} {describe(self.method)}{precision}"
-
-
-def describe(method: Callable[..., Any]) -> str:
-    """The qualified name of a function with the keywords of its partials."""
-    keywords: dict[str, Any] = {}
-    while isinstance(method, partial):
-        keywords = {**method.keywords, **keywords}
-        method = method.func
-    arguments = ", ".join(
-        f"{k}={describe(v) if callable(v) else repr(v)}" for k, v in sorted(keywords.items())
-    )
-    return f"{method.__module__}.{getattr(method, '__qualname__', repr(method))}({arguments})"
 
 
 def clean(

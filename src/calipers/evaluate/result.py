@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from calipers.bracket import Bracket, Verdict
+from calipers.confidence import clopper_pearson
 from calipers.data import Data
-from calipers.evaluate.statistics import clopper_pearson
 from calipers.grid import spacing
 from calipers.sets import Number, ThreatModel
 
@@ -218,7 +218,7 @@ class Audit:
     def report(self, path: str | Path) -> None:
         """One self-contained HTML file, written whole or not at all."""
         from calipers.evaluate.report import render
-        from calipers.evaluate.store import write_atomically
+        from calipers.files import write_atomically
 
         write_atomically(path, render(self))
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +23,7 @@ from torch import Tensor
 from calipers.bracket import Bracket, Evidence
 from calipers.data import digest
 from calipers.errors import StoreMismatch
+from calipers.files import write_atomically
 from calipers.graph.graph import Network
 
 SCHEMA = """
@@ -51,21 +49,6 @@ _MEASURING = (
     ),
     *("searches.py", "seeds.py", "sets.py", "spec.py", "evaluate/solvers.py", "evaluate/verify.py"),
 )
-
-
-def write_atomically(path: str | Path, content: str) -> None:
-    """``content`` in ``path``: the old file or the whole new one, never a part."""
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
-    except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
-        raise
 
 
 def code_digest() -> str:

@@ -122,9 +122,7 @@ def certified(
     for case, row in named:
         region, spec, _ = query.cases[case]
         one = torch.tensor([row])
-        solved = complete(
-            network, region[one], spec[one], deadline=end, memory=memory, record=True
-        )
+        solved = complete(network, region[one], spec[one], deadline=end, memory=memory, record=True)
         if not solved.outcome.robust or solved.record is None:
             return result
         again[case, row] = solved.record

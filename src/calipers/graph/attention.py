@@ -15,7 +15,7 @@ _FORWARD = nn.MultiheadAttention.forward
 
 @contextmanager
 def batch_first() -> Iterator[None]:
-    """While this lasts, layers with ``batch_first`` and without masks compute the same in another order."""
+    """While this lasts, layers with ``batch_first`` and without padding masks compute the same in another order."""
     nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign]
     try:
         yield
@@ -34,7 +34,8 @@ def _forward(
     given = (
         dict(zip(("key_padding_mask", "need_weights", "attn_mask"), args, strict=False)) | kwargs
     )
-    masked = given.get("key_padding_mask") is not None or given.get("attn_mask") is not None
+    mask = given.get("attn_mask")
+    masked = given.get("key_padding_mask") is not None or (mask is not None and mask.ndim != 2)
     extra = self.bias_k is not None or self.add_zero_attn
     if not self.batch_first or query.ndim != 3 or masked or extra:
         return _FORWARD(self, query, key, value, *args, **kwargs)
@@ -48,5 +49,7 @@ def _forward(
         torch.unflatten(F.linear(x, w, b), -1, split).transpose(1, 2)
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
-    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    if mask is not None and mask.dtype == torch.bool:  # here it names what must not be seen
+        mask = ~mask
+    heads = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
     return self.out_proj(heads), None

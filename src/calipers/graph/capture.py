@@ -387,6 +387,7 @@ class _Reader:
             emit=emit,
             training=lambda flag: self._flag(path, flag),
             active=lambda x: isinstance(x, Ref) and x.name in shapes and x.name not in fixed,
+            dtype=lambda x: fake(x).dtype,
             original=lambda: (
                 node.target,
                 tuple(self._value(a) for a in node.args),

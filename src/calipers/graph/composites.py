@@ -35,10 +35,12 @@ def difference(make: Make, x: Any, y: Any, shape: Shape, of: Shape) -> Any:
     return make(torch.add, x, negative(make, y, of), shape=shape)
 
 
-def _rivals(make: Make, x: Any, shape: Shape, dim: int) -> Any:
-    """Σ_j exp(x_j − x_i), which is at least 1."""
+def _rivals(make: Make, x: Any, shape: Shape, dim: int, weights: Any = None) -> Any:
+    """Σ_j exp(x_j − x_i), which is at least 1; with weights of each j for each i, if given."""
     wide = (*shape, shape[dim - 1])
     gaps = make(torch.exp, make(prim.differences, x, dim, shape=wide), shape=wide)
+    if weights is not None:
+        gaps = make(prim.weigh, gaps, weights, shape=wide)
     return make(torch.sum, gaps, (len(wide),), False, shape=shape)
 
 
@@ -46,15 +48,24 @@ def _small(shape: Shape, dim: int) -> bool:
     return math.prod(shape) * shape[dim - 1] <= LARGEST
 
 
-def softmax(make: Make, x: Any, shape: Shape, dim: int) -> Any:
+def softmax(make: Make, x: Any, shape: Shape, dim: int, admits: Any = None) -> Any:
     """1 / Σ_j exp(x_j − x_i), which needs no product of two perturbed values; for large ones exp over its sum.
+
+    Args:
+        admits: a constant (rows, columns), the exponential of a mask on the last two axes; ``dim`` is the last.
 
     Reference: Wei et al. 2023 (Convex bounds on the softmax function), section 3.
     """
     if _small(shape, dim):
-        return make(torch.reciprocal, _rivals(make, x, shape, dim), shape=shape)
+        each = None
+        if admits is not None:
+            each = make(prim.rival_weights, admits, shape=(*shape[-2:], shape[-1]))
+        shares = make(torch.reciprocal, _rivals(make, x, shape, dim, each), shape=shape)
+        return shares if admits is None else make(prim.weigh, shares, admits, shape=shape)
     part = _reduced(shape, (dim,))
     weights = make(torch.exp, _below_top(make, x, shape, dim), shape=shape)
+    if admits is not None:
+        weights = make(prim.weigh, weights, admits, shape=shape)
     total = make(torch.sum, weights, (dim,), True, shape=part)
     return make(torch.mul, weights, make(torch.reciprocal, total, shape=part), shape=shape)
 
@@ -108,6 +119,49 @@ def matmul(make: Make, x: Any, y: Any, of_x: Shape, of_y: Shape, shape: Shape) -
     columns = make(prim.reshape, y, right, shape=right)
     products = make(torch.mul, rows, columns, shape=wide)
     return make(torch.sum, products, (len(wide) - 1,), False, shape=shape)
+
+
+def contraction(
+    make: Make, operands: Sequence[Any], shapes: Sequence[Shape], parts: Sequence[str], result: str
+) -> Any | None:
+    """The sum, over the letters that ``result`` lacks, of the product of two values whose axes ``parts`` name, the
+    batch first: all products, then their sums. None if those are too many.
+    """
+    sizes = {
+        k: n for p, s in zip(parts, shapes, strict=True) for k, n in zip(p[1:], s, strict=True)
+    }
+    letters = result[1:] + "".join(k for k in sizes if k not in result)
+    wide = tuple(sizes[k] for k in letters)
+    if math.prod(wide) > LARGEST:
+        return None
+    factors = []
+    for x, letters_of in zip(operands, parts, strict=True):
+        own = letters_of[1:]
+        order = [k for k in letters if k in own]
+        turned = tuple(sizes[k] for k in order)
+        x = make(torch.permute, x, (0, *(1 + own.index(k) for k in order)), shape=turned)
+        spread = tuple(sizes[k] if k in own else 1 for k in letters)
+        factors.append(make(prim.reshape, x, spread, shape=spread))
+    products = make(torch.mul, *factors, shape=wide)
+    count = len(wide) - len(result) + 1
+    if not count:
+        return products
+    dims = tuple(range(len(result), len(wide) + 1))
+    return make(torch.sum, products, dims, False, shape=wide[: len(result) - 1])
+
+
+def uneven_means(make: Make, x: Any, shape: Shape, out: Shape) -> Any:
+    """Means over windows that divide the last ``len(out)`` axes into so many parts, as evenly as they can."""
+    for axis, parts in enumerate(out, len(shape) - len(out)):
+        n, dim, means = shape[axis], axis + 1, []
+        for i in range(parts):
+            start, stop = i * n // parts, -(-(i + 1) * n // parts)
+            window = (*shape[:axis], stop - start, *shape[axis + 1 :])
+            piece = make(prim.slice_, x, dim, start, stop, shape=window)
+            means.append(make(torch.mean, piece, (dim,), True, shape=_reduced(shape, (dim,))))
+        shape = (*shape[:axis], parts, *shape[axis + 1 :])
+        x = make(torch.cat, means, dim, shape=shape)
+    return x
 
 
 def larger(make: Make, x: Any, y: Any, shape: Shape, of_y: Shape) -> Any:

@@ -38,6 +38,7 @@ class Call:
     emit: Callable[..., Ref]  # makes a further node: emit(op, *args, shape=..., **kwargs)
     training: Callable[[bool], Any]  # the owning module's mode flag
     active: Callable[[Any], bool]  # whether an argument depends on the input
+    dtype: Callable[[Any], torch.dtype]  # of an argument
     original: Callable[[], Lowered]  # the operator itself
 
     def arg(self, index: int, default: Any = None) -> Any:
@@ -129,9 +130,7 @@ def _adaptive_pool(n: int) -> Callable[[Call], Lowered]:
     def lower(c: Call) -> Lowered:
         size, out = c.shape_of(c.args[0])[-n:], c.shape[-n:]
         if any(s % o for s, o in zip(size, out, strict=True)):
-            raise CaptureError(
-                f"adaptive pooling from {size} to {out} has uneven windows; use sizes that divide"
-            )
+            return _done(composites.uneven_means(c.emit, c.args[0], c.shape_of(c.args[0]), out))
         kernel = tuple(s // o for s, o in zip(size, out, strict=True))
         return prim.average_pool, (c.args[0], kernel, kernel, (0,) * n)
 
@@ -236,6 +235,25 @@ def _matmul(c: Call) -> Lowered:
     if not (c.active(x) and c.active(y)):
         return torch.matmul, (x, y)
     return _done(composites.matmul(c.emit, x, y, c.shape_of(x), c.shape_of(y), c.shape))
+
+
+def _einsum(c: Call) -> Lowered:
+    """Of two operands, without an ellipsis or a letter twice in one, the batch first."""
+    equation, operands = c.args[0].replace(" ", ""), c.args[1]
+    read, arrow, result = equation.partition("->")
+    parts = read.split(",")
+    plain = all(len(set(p)) == len(p) for p in parts) and "." not in equation
+    active = [i for i, v in enumerate(operands) if c.active(v)]
+    first = all(p.startswith(result[:1]) == (i in active) for i, p in enumerate(parts))
+    if len(operands) != 2 or not arrow or not plain or not first:
+        return _as_it_is(c)
+    if len(active) == 1:
+        return prim.einsum, (*operands, equation)
+    shapes = [c.shape_of(v) for v in operands]
+    return _done(
+        composites.contraction(c.emit, operands, shapes, parts, result)
+        or c.emit(prim.einsum, *operands, equation, shape=c.shape)
+    )
 
 
 # -- composites and elementwise functions ---------------------------------------------------------------
@@ -363,16 +381,24 @@ def _instance_norm(c: Call) -> Lowered:
 
 
 def _attention(c: Call) -> Lowered:
-    """softmax(q·kᵀ·scale)·v, without a mask."""
+    """softmax(q·kᵀ·scale + mask)·v, the mask a constant."""
     q, k, v = c.args[:3]
+    mask, causal = c.arg(3), c.arg(5, False)
     if (
-        c.arg(3) is not None
-        or c.arg(4, 0.0)
-        or c.arg(5, False)
+        c.arg(4, 0.0)
         or not all(map(c.active, (q, k, v)))
+        or (mask is not None and (c.active(mask) or c.rank(mask) != 2))
     ):
         return _as_it_is(c)
     of_q, of_k, of_v = map(c.shape_of, (q, k, v))
+    seen = (of_q[-2], of_k[-2])
+    admits = None  # the exponential of the mask
+    if causal:
+        admits = c.emit(prim.lower_triangle, *seen, shape=seen)
+    elif mask is not None:
+        truth = c.dtype(mask) == torch.bool
+        op, args = (torch.where, (mask, 1.0, 0.0)) if truth else (torch.exp, (mask,))
+        admits = c.emit(op, *args, shape=seen)
     scale = c.arg(6) or 1 / math.sqrt(of_q[-1])
     turned = (*of_k[:-2], of_k[-1], of_k[-2])
     order = (*range(len(of_k) - 1), len(of_k), len(of_k) - 1)
@@ -380,7 +406,7 @@ def _attention(c: Call) -> Lowered:
     shape = (*of_q[:-1], of_k[-2])
     scores = composites.matmul(c.emit, q, k, of_q, turned, shape)
     scores = c.emit(torch.mul, scores, scale, shape=shape)
-    weights = composites.softmax(c.emit, scores, shape, len(shape))
+    weights = composites.softmax(c.emit, scores, shape, len(shape), admits)
     return _done(composites.matmul(c.emit, weights, v, shape, of_v, c.shape))
 
 
@@ -670,6 +696,7 @@ LOWER: dict[Any, Callable[[Call], Lowered]] = {
     aten.group_norm.default: _group_norm,
     aten.instance_norm.default: _instance_norm,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.einsum.default: _einsum,
     aten.var.correction: _variance,
     aten.linalg_vector_norm.default: _norm,
     aten.expand_as.default: lambda c: (prim.expand, (c.args[0], c.shape)),
@@ -750,6 +777,8 @@ INPLACE: dict[Any, Any] = {
     aten.div_.Tensor: aten.div.Tensor,
     aten.dropout_.default: aten.dropout.default,
     aten.detach_.default: aten.detach.default,
+    aten.masked_fill_.Scalar: aten.masked_fill.Scalar,
+    aten.masked_fill_.Tensor: aten.masked_fill.Tensor,
 }
 
 

@@ -442,6 +442,8 @@ WRITE: dict[Callable[..., Any], Callable[..., str]] = {
     torch.matmul: _plain("MatMul"),
     torch.mean: _mean,
     torch.mul: _plain("Mul"),
+    prim.weigh: _plain("Mul"),
+    prim.einsum: lambda w, x, y, equation: w.add("Einsum", x, y, equation=equation),
     torch.neg: _plain("Neg"),
     torch.permute: lambda w, x, dims: w.add("Transpose", x, perm=list(dims)),
     torch.relu: _plain("Relu"),

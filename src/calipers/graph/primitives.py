@@ -78,6 +78,30 @@ def average_pool(
     return pool(x, tuple(kernel), tuple(stride), tuple(padding), ceil_mode, count_include_pad)
 
 
+def einsum(x: Tensor, y: Tensor, equation: str) -> Tensor:
+    """`torch.einsum` of two operands; the batch is the first letter of what depends on the input."""
+    return torch.einsum(equation, x, y)
+
+
+def weigh(x: Tensor, weights: Tensor) -> Tensor:
+    """x·weights, for constants that are not negative: unlike a product in general it keeps the order of bounds."""
+    return x * weights
+
+
+def rival_weights(admits: Tensor) -> Tensor:
+    """(rows, i, j): what entry j counts for in the sum that entry i is divided by. Its own counts also where it is not
+    admitted, since its quotient would else be unbounded before it is set to zero."""
+    weights = admits.unsqueeze(1).repeat(1, admits.shape[1], 1)
+    own = weights.diagonal(dim1=1, dim2=2)
+    own.copy_(torch.where(own > 0, own, torch.ones_like(own)))
+    return weights
+
+
+def lower_triangle(rows: int, columns: int) -> Tensor:
+    """1 where the column is not beyond the row, else 0: who may look at whom in causal attention."""
+    return torch.ones(rows, columns).tril()
+
+
 def max_pool(
     x: Tensor,
     kernel: Sequence[int],

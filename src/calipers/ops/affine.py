@@ -45,6 +45,20 @@ def _matmul_terms(x: Tensor, y: Tensor) -> int:
     return longest
 
 
+def _einsum_magnitude(_: float, x: Tensor, y: Tensor, equation: str) -> Tensor:
+    return prim.einsum(x.abs(), y.abs(), equation)
+
+
+def _einsum_terms(x: Tensor, y: Tensor, equation: str) -> int:
+    read, _, result = equation.partition("->")
+    sizes = {
+        k: n
+        for letters, v in zip(read.split(","), (x, y), strict=True)
+        for k, n in zip(letters, v.shape, strict=True)
+    }
+    return math.prod(n for k, n in sizes.items() if k not in result)
+
+
 # -- convolutions --------------------------------------------------------------------------------------
 
 
@@ -314,6 +328,7 @@ AFFINE: dict[Callable[..., Any], Affine] = {
         _linear_magnitude, _linear_transpose, _linear_rows, lambda _x, w, *_: max(w.shape)
     ),
     torch.matmul: Affine(_matmul_magnitude, terms=_matmul_terms, perturbed="one"),
+    prim.einsum: Affine(_einsum_magnitude, terms=_einsum_terms, perturbed="one"),
     torch.conv1d: Affine(
         _conv_magnitude(torch.conv1d), _conv_transpose(F.conv_transpose1d, 1), terms=_conv_terms
     ),
@@ -336,6 +351,7 @@ AFFINE: dict[Callable[..., Any], Affine] = {
         separable=True,
     ),
     torch.mul: Affine(_mul_magnitude, _mul_transpose, terms=_one, separable=True, perturbed="one"),
+    prim.weigh: Affine(transpose=_mul_transpose, terms=_one, separable=True),
     torch.div: Affine(_div_magnitude, _div_transpose, terms=_one, separable=True),
     prim.batch_norm: Affine(
         _batch_norm_magnitude, _batch_norm_transpose, terms=lambda *_: 6, separable=True

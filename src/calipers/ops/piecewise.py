@@ -229,7 +229,7 @@ def monotone(f: Callable[..., Tensor], *, ulps: float = 16.0) -> Activation:
 
 PIECEWISE: dict[Callable[..., Any], Activation] = {
     torch.relu: Activation(
-        lambda x: Interval(x.lower.clamp_min(0), x.upper.clamp_min(0)),
+        lambda x: Interval(torch.relu(x.lower), torch.relu(x.upper)),
         _relu_relax,
         _one_sided,
         lambda: Pieces((0.0,), (0.0, 1.0), 0.0),
