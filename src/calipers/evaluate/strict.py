@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calipers_check import Refused, Unusable, check
 
 from calipers.errors import CertificateError
 from calipers.evaluate.solvers import complete, problem
@@ -25,6 +24,7 @@ from calipers.exact.certificate import numbered, of_query
 from calipers.exact.record import Record
 from calipers.graph.graph import Network
 from calipers.vnnlib import Query
+from calipers_check import Refused, Unusable, check
 
 LATE = "its certificate was not checked in time"
 
