@@ -274,6 +274,41 @@ def test_no_certificate_is_accepted_where_a_counterexample_is_planted(
             assert not accepts(case, case.write(random_certificate(rng, layers, splits)))
 
 
+def test_every_clause_of_a_tree_is_proved(tmp_path: Path) -> None:
+    """One clause is proved at once, the other nowhere near its counterexample."""
+    layers = random_layers(3)
+    top = maximum(layers, [-1, -1], [1, 1])
+    for easy, hard in ((0, 1), (1, 0)):
+        gap = {easy: 50.0, hard: -0.01}
+        text = query(
+            [-1.0, -1.0], [1.0, 1.0], 1, f"(or (>= Y_0 {top + gap[0]}) (>= Y_0 {top + gap[1]}))"
+        )
+        case = Case(tmp_path, mlp(layers), text)
+        for depth in (0, 1, 6):
+            arrays = bisected(depth) | {"0/bounds": CROWN, "0/proof": CROWN, "0/trim": U8([1])}
+            for trees in ([{"clauses": [0, 1]}], [{"clauses": [1, 0]}]):
+                assert not accepts(case, case.write(arrays, trees))
+            with pytest.raises(Refused, match=f"clause {hard} is in no tree"):
+                check(case.write(arrays, [{"clauses": [easy]}]), case.network, case.prop)
+
+
+def test_the_maximum_of_a_window_is_not_that_of_its_best_known_element(tmp_path: Path) -> None:
+    """One element is at least 0, another reaches further."""
+    data = onnx_bytes(
+        [helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 2])],
+        {},
+        (1, 1, 2, 2),
+        (1, 1, 1, 1),
+    )
+    low, high = [0.0, -1.0, -1.0, -1.0], [0.5, 1.0, 0.25, -0.5]
+    arrays = {"0/bounds": CROWN, "0/proof": CROWN}
+    for unsafe, expected in (
+        ("(>= Y_0 1.0)", False), ("(>= Y_0 1.001)", True), ("(<= Y_0 0.0)", False), ("(<= Y_0 -0.001)", True)
+    ):  # fmt: skip
+        case = Case(tmp_path, data, query(low, high, 1, unsafe))
+        assert accepts(case, case.write(arrays)) is expected
+
+
 def test_random_certificates_are_accepted_where_there_is_room(tmp_path: Path) -> None:
     """So the test above does not refuse for want of form."""
     rng = np.random.default_rng(1)
