@@ -257,9 +257,10 @@ def test_a_step_that_is_not_finite_stops_with_advice(tmp_path):
 
 def test_accumulated_gradients_are_the_whole_batches():
     whole = train(small())
-    parts = train(small(accumulate=4))
+    parts, one_by_one = train(small(accumulate=4)), train(small(accumulate=128))
     for k, v in weights(whole).items():
         assert torch.allclose(v, weights(parts)[k], atol=1e-6), k
+        assert torch.allclose(v, weights(one_by_one)[k], atol=1e-5), k
 
 
 def test_without_perturbation_awp_is_plain_and_with_it_differs():

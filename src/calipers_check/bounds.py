@@ -23,6 +23,7 @@ from calipers_check.smooth import lines as smooth_lines
 U = 2.0**-53
 TINY = 1e-290  # more than any sum of underflows
 NUMBERS = 1 << 18  # of one array of rows
+BROAD = 1 << 24  # and of one in the middle of a step
 
 
 def gamma(n: float) -> float:
@@ -116,7 +117,7 @@ class Engine:
         self.steps: list[Any] = [s.exact() if exact else s for s in network.steps]
         self.u: float = 0 if exact else U
         self.tiny: float = 0 if exact else TINY
-        self.widest = max(network.sizes)
+        self.rows = max(1, min(NUMBERS // max(network.sizes), BROAD // network.broadest))
         self.sharp = _sharp(network)
         self.root = View(self.array(lower).reshape(1, -1), self.array(upper).reshape(1, -1), {})
         self.noise: list[Array] = []
@@ -439,8 +440,8 @@ class Engine:
         view.meet(k, low, high)
 
     def chunks(self, count: int, rows: int = 1) -> Iterable[slice]:
-        """Slices whose rows fit into `NUMBERS`, when each of ``count`` things has so many."""
-        size = max(1, NUMBERS // (rows * self.widest))
+        """Slices of ``count`` things of so many rows each, as many as are worked on at a time."""
+        size = max(1, self.rows // rows)
         return (slice(i, i + size) for i in range(0, count, size))
 
 

@@ -107,7 +107,7 @@ class Proof:
         self.walk([Open(first, self.root.lower, self.root.upper, low, high, still)])
 
     def walk(self, stack: list[Open]) -> None:
-        """Prove all these nodes, and those below them."""
+        """Prove these nodes and all below them."""
         while stack:
             self.engine.hurry()
             children = self._children(self._visited(_taken(stack, self.batch)))

@@ -96,12 +96,11 @@ class Tree:
             raise Refused(f"{n} nodes; at most {MAX_NODES} are checked")
         parents = np.flatnonzero(child)
         pairs = child[parents]
-        if (pairs <= parents).any() or not np.array_equal(np.sort(pairs), np.arange(1, n, 2)):
+        ordered = n % 2 == 1 and bool((pairs > parents).all())
+        if not ordered or not np.array_equal(np.sort(pairs), np.arange(1, n, 2)):
             raise Refused("array child: not a tree in which children follow their parents in pairs")
         self.child, self.parent = child, np.zeros(n, dtype=np.int64)
         self.parent[pairs] = self.parent[pairs + 1] = parents
-        if n % 2 == 0:
-            raise Refused("array child: the last node has no parent")
         self.layer, self.element, self.point, self.bounds, self.proof, self.trim = (
             self._per_node(name, most, n) for name, most in NODES.items()
         )

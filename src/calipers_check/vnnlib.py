@@ -18,9 +18,7 @@ MAX_DEPTH = 100
 MAX_DISJUNCTS = 100_000
 MAX_VARIABLES = 10**7
 MAX_NUMBERS = 1 << 27
-_TOKEN = re.compile(
-    r";[^\n]*+|[()]|(?:[^\s()\[\];]++)?\s*+\[[^\]()]*+\]|[^\s()\[\];]++|[\[\]]", re.ASCII
-)
+_TOKEN = re.compile(r";[^\n]*+|[()]|[^\s()\[\];]*+\[[^\]()]*+\]|[^\s()\[\];]++", re.ASCII)
 _NUMBER = re.compile(
     r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII
 )

@@ -448,10 +448,20 @@ def verify(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
     ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what proves unsat, for calipers-check."),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Answer unsat without a certificate that the checker accepts."),
+    ] = False,
     json: Json = None,
     seed: Seed = 0,
 ) -> None:
     """Decide a VNN-LIB query: sat, unsat, unknown or timed-out as the first line, then a counterexample.
+
+    On piecewise-linear networks unsat means that calipers_check, the independent checker, accepted a certificate.
 
     Everything else goes to stderr. Exit code 0 for an answer, unknown and timed-out included; 2 if the query or the
     network cannot be read or do not fit, 3 if something failed that should not (stdout says unknown then); 130 after
@@ -471,6 +481,8 @@ def verify(
         memory=memory,
         json_file=json,
         seed=seed,
+        fast=fast,
+        certificate=certificate,
     )
     raise typer.Exit(code)
 
@@ -565,6 +577,29 @@ def bench(
         domains=domains, exact=exact, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
+
+
+@app.command()
+def reproduce(
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The tutorial's weights and MNIST's four files.")
+    ],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Attacks on a sample of the images.")
+    ] = False,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Claims whose section or description holds TEXT.")
+    ] = "",
+    json: Json = None,
+) -> None:
+    """The numbers that the tutorial of Kolter and Madry printed, computed again from its weights.
+
+    Exit code 1 if any differs without a known reason.
+    """
+    from calipers.cli import reproducing
+
+    if not reproducing.run(data_dir, fast=fast, only=only, json_file=json):
+        raise typer.Exit(1)
 
 
 runs = typer.Typer(
@@ -666,10 +701,12 @@ def train(
         return
     if recipe is None:
         raise ValueError("RECIPE: name one; calipers train --list shows them")
-    training.train(
+    interrupted = training.train(
         recipe, settings=settings or [], directory=run, data_dir=data_dir, json_file=json,
         tensorboard=tensorboard, anyway=anyway,
     )  # fmt: skip
+    if interrupted:
+        raise typer.Exit(130)
 
 
 @app.command("compare")
@@ -701,9 +738,30 @@ def sweep(
     """RECIPE once for each combination of values, then all side by side; goes on where it stopped."""
     from calipers.cli import training
 
-    training.sweep(
+    interrupted = training.sweep(
         recipe, vary=vary, settings=settings or [], directory=run, data_dir=data_dir, anyway=anyway
     )
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="mnist|cifar10")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to; a cache folder, which is looked into, if left out."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another address that has the files.")
+    ] = None,
+) -> None:
+    """Fetch a data set, checked byte by byte; it is read from there without --data-dir."""
+    from calipers.cli import training
+
+    training.fetch(name, data_dir, source)
 
 
 vnncomp = typer.Typer(

@@ -20,6 +20,7 @@ from calipers.cli.options import writable
 from calipers.errors import CalipersError, NoInputs, SpecError
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.queries import read
+from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
 from calipers.files import write_atomically
 from calipers.graph.onnx_file import write_tensor
@@ -94,6 +95,8 @@ def verify(
     memory: str | None,
     json_file: Path | None,
     seed: int,
+    fast: bool,
+    certificate: Path | None,
 ) -> int:
     """Decide, print, write; returns the exit code. Only an argument of --json or the folder may raise.
 
@@ -102,6 +105,8 @@ def verify(
     """
     if json_file is not None:
         writable("--json", json_file.absolute())
+    if certificate is not None:
+        writable("--certificate", certificate.absolute())
     answer = _Answer(
         json_file, folder, {"calipers": __version__, "files": [Path(f).name for f in files]}
     )
@@ -116,15 +121,26 @@ def verify(
             watchdog = threading.Timer(left + GRACE, _end, (answer,))
             watchdog.daemon = True
             watchdog.start()
+        if fast and certificate is not None:
+            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
         network, query = read(model, path, name)
         left = seconds - (time.perf_counter() - begin)
         if left <= 0:
             decision = Decision("timed-out", "time was up before query and network were read")
-        else:
+        elif fast:
             decision = decide(
                 network, query, seconds=left, memory=limit, exact=exact, real=real, seed=seed,
                 progress=_told,
             )  # fmt: skip
+            answer.about["certificate"] = None
+        else:
+            decision, proof = decide_strictly(
+                network, query, (Path(model), Path(path)), seconds=left, memory=limit, exact=exact,
+                real=real, seed=seed, progress=_told,
+            )  # fmt: skip
+            answer.about["certificate"] = None if proof is None else proof.json()
+            if certificate is not None and proof is not None and proof.data is not None:
+                certificate.write_bytes(proof.data)
     except NoInputs as error:
         return answer.give(Decision("unsat", str(error), "reader"))
     except (CalipersError, ValueError, OSError) as error:

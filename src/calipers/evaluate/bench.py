@@ -29,6 +29,7 @@ from calipers import __version__
 from calipers.errors import CalipersError, NoInputs, SpecError, StoreMismatch
 from calipers.evaluate.queries import read
 from calipers.evaluate.store import code_digest
+from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
 from calipers.files import write_atomically
 from calipers.graph.graph import Network
@@ -63,6 +64,7 @@ class Settings(NamedTuple):
     exact: bool = False
     threads: int = 1
     save: Path | None = None
+    fast: bool = False
 
 
 @dataclass(frozen=True)
@@ -398,6 +400,20 @@ def serve(connection: Connection, settings: Settings) -> None:
             connection.send(solve(task, settings, known))
 
 
+def _decision(
+    network: Network, query: Query, files: tuple[Path, Path], seconds: float, settings: Settings
+) -> Decision:
+    options: dict[str, Any] = {
+        "seconds": seconds,
+        "memory": settings.memory,
+        "domains": settings.domains,
+        "exact": settings.exact,
+    }
+    if settings.fast:
+        return decide(network, query, **options)
+    return decide_strictly(network, query, files, **options)[0]
+
+
 def solve(task: Task, settings: Settings, known: dict[Path, Network] | None = None) -> Result:
     """The result of one instance; a file that cannot be read is an ``error``."""
     begin = time.perf_counter()
@@ -413,10 +429,7 @@ def solve(task: Task, settings: Settings, known: dict[Path, Network] | None = No
         left = task.limit - (time.perf_counter() - begin)
         found = Decision("timed-out", "time was up before query and network were read")
         if left > 0:
-            found = decide(
-                network, query, seconds=left, memory=settings.memory, domains=settings.domains,
-                exact=settings.exact,
-            )  # fmt: skip
+            found = _decision(network, query, (file, task.folder / task.vnnlib), left, settings)
     except NoInputs as error:
         found = Decision("unsat", str(error), "reader")
     except (CalipersError, ValueError, OSError, MemoryError) as error:

@@ -13,6 +13,7 @@ import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -437,22 +438,30 @@ def matched(clauses: Sequence[Clause], cases: Sequence[Case]) -> dict[tuple[int,
     Raises:
         CertificateError: one of them is about none.
     """
-    places = {}
-    for c, case in enumerate(cases):
-        outer = case.region.outer_lower, case.region.outer_upper
-        ends = [end.flatten(1).double().numpy() + 0.0 for end in outer]
-        for row in range(len(case.region)):
-            places[ends[0][row].tobytes(), ends[1][row].tobytes()] = c, row
+    ends = [
+        [end.flatten(1).double().numpy() for end in (c.region.outer_lower, c.region.outer_upper)]
+        for c in cases
+    ]
     found: dict[tuple[int, int], list[Claim]] = defaultdict(list)
+    latest: list[tuple[int, int]] = []  # clauses that follow each other often share their box
     for number, clause in enumerate(clauses):
         if clause.void:
             continue
-        key = (clause.lower + 0.0).tobytes(), (clause.upper + 0.0).tobytes()
-        place = places.get(key)
-        claim = place and _claim(number, clause, cases[place[0]].spec[place[1] : place[1] + 1])
-        if place is None or claim is None:
+        boxes = (
+            (c, int(row))
+            for c, (low, high) in enumerate(ends)
+            for row in np.flatnonzero(((low <= clause.lower) & (clause.upper <= high)).all(1))
+        )
+        for place in chain(latest, boxes):
+            low, high = (end[place[1]] for end in ends[place[0]])
+            inside = (low <= clause.lower).all() and (clause.upper <= high).all()
+            claim = _claim(number, clause, cases[place[0]].spec[place[1] : place[1] + 1])
+            if inside and claim is not None:
+                break
+        else:
             raise CertificateError(f"the checker reads a clause {number} that the search did not")
         found[place].append(claim)
+        latest = [place]
     return found
 
 

@@ -121,6 +121,7 @@ def train(
             raise TrainingError(_needs_gpu(run, data, data_dir))
         examples, test = _examples(run, data, data_dir)
         session, identity = _session(run, examples, device, processes)
+        del examples  # the session has them, as bytes where it can
         state = None
         if where is not None:
             where.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,8 @@ class Run:
         accumulate: a batch goes through in so many parts (batch normalisation sees the parts).
         replays: steps on each batch; the objective's perturbation is carried from one to the next.
         ema: decay of averaged weights, which are then what is evaluated.
-        awp: radius, relative to a tensor's norm, of the adversarial weight perturbation; 0: none.
+        awp: radius, relative to a tensor's norm, of the adversarial weight perturbation, which doubles a step's cost;
+            0: none.
         initialise: called on the new module.
         augment: (x, *, seeds) -> x.
         validation: so many training examples, the same for every seed, are kept for selection.
