@@ -292,6 +292,76 @@ def test_every_clause_of_a_tree_is_proved(tmp_path: Path) -> None:
                 check(case.write(arrays, [{"clauses": [easy]}]), case.network, case.prop)
 
 
+def test_negative_multipliers_and_weights_would_prove_anything(tmp_path: Path) -> None:
+    """The neuron lies far below 5, so a negative multiple of 5 − v is as large as one likes."""
+    case, arrays = two_neuron_case(tmp_path, "-1")
+    arrays |= {"0/point": F64([5.0])}
+    for factor in (-1.0, -1e6, np.nan, np.inf):
+        with pytest.raises(Refused, match=r"negative|not finite"):
+            check(
+                case.write(arrays | {"0/multiplier": F64([factor, 0.0])}), case.network, case.prop
+            )
+    case = Case(
+        tmp_path, mlp(two_neurons()), query([-1.0], [1.0], 1, "(and (>= Y_0 -1) (>= Y_0 -4))")
+    )
+    root = {"0/line.node": I32([0]), "0/line.clause": I32([0]), "0/line.choice": I32([-1])}
+    for weights in ([-1.0, 0.0], [1.0, -2.0], [0.0, np.nan]):
+        with pytest.raises(Refused, match=r"negative|not finite"):
+            check(case.write(root | {"0/weight": F64(weights)}), case.network, case.prop)
+    with pytest.raises(Refused, match="missing"):
+        check(case.write(root), case.network, case.prop)
+
+
+@pytest.mark.parametrize("number", [-0.001, 1.001, 3.0, np.nan, np.inf])
+def test_line_numbers_outside_of_their_range(tmp_path: Path, number: float) -> None:
+    case, arrays = two_neuron_case(tmp_path)
+    arrays |= {
+        "0/column.layer": I32([0, 0]), "0/column.element": I32([0, 1]), "0/choice": F64([[number, 1]]),
+    }  # fmt: skip
+    with pytest.raises(Refused, match=r"outside|not finite"):
+        check(case.write(arrays), case.network, case.prop)
+
+
+@pytest.mark.parametrize("layer", [-1, 0])
+@pytest.mark.parametrize("gap", [-0.05, 0.05])
+def test_halves_leave_nothing_out(tmp_path: Path, layer: int, gap: float) -> None:
+    """y = −|x − 1/4| is unsafe near its peak alone, which lies next to the point of the split."""
+    layers = [
+        (np.float32([[1], [-1]]), np.float32([-0.25, 0.25])),
+        (np.float32([[-1, -1]]), np.float32([0])),
+    ]
+    point = gap if layer == 0 else 0.25 + gap
+    arrays = {
+        "0/child": SPLIT, "0/layer": I32([layer]), "0/element": I32([0]), "0/point": F64([point]),
+        "0/bounds": U8([2]), "0/proof": U8([2]), "0/trim": U8([1]),
+    }  # fmt: skip
+    case = Case(tmp_path, mlp(layers), query([-1.0], [1.0], 1, "(>= Y_0 -0.01)"))
+    assert not accepts(case, case.write(arrays))
+
+
+def test_what_is_trimmed_holds_no_point_below_the_plane() -> None:
+    """Points of the box on the plane itself, or below it, in rational arithmetic, stay; most of the rest goes."""
+    from calipers_check.prove import _cut
+
+    rng = np.random.default_rng(0)
+    lower = rng.normal(size=(300, 3))
+    upper = lower + rng.random((300, 3)) * rng.choice([0, 1e-8, 1.0], (300, 3))
+    G = rng.normal(size=(300, 3)) * rng.choice([0, 1e-9, 1.0], (300, 3))
+    on = lower + rng.random((300, 3)) * (upper - lower)  # through here
+    corner = np.where(G > 0, lower, upper)
+    on = np.where(rng.random((300, 1)) < 0.5, on, corner + (on - corner) * [1, 0, 0])
+    c = -(G * on).sum(1)
+    with np.errstate(all="ignore"):
+        l, u = _cut(lower, upper, G, c)
+    for i in range(300):
+        known = (lower[i] <= on[i]).all() and (on[i] <= upper[i]).all()
+        terms = (Fraction(g) * Fraction(v) for g, v in zip(G[i], on[i], strict=True))
+        if known and sum(terms, Fraction(c[i])) <= 0:
+            assert (l[i] <= on[i]).all()
+            assert (on[i] <= u[i]).all()
+    assert (u - l < 0.9 * (upper - lower)).any(1).mean() > 0.2
+
+
 def test_the_maximum_of_a_window_is_not_that_of_its_best_known_element(tmp_path: Path) -> None:
     """One element is at least 0, another reaches further."""
     data = onnx_bytes(
