@@ -1,4 +1,4 @@
-"""How many instances of VNN-COMP's suites that we prove have a certificate which the checker accepts, and what it costs.
+"""How many proved instances of VNN-COMP's suites have a certificate that the checker accepts, and what it costs.
 
     python benchmarks/certificates.py FOLDER [SUITE ...] [--seconds 10] [--each 20]
 

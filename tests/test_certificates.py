@@ -1,4 +1,4 @@
-"""What searches note is enough: the independent checker accepts every certificate made of it, and none of a faulty one."""
+"""What searches note is enough: the independent checker accepts what is made of it, and nothing of a faulty search."""
 
 from __future__ import annotations
 

@@ -555,6 +555,7 @@ def bench(
         typer.Option(help="At most so many sub-problems for a box, whatever the machine."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="As in calipers verify.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="As in calipers verify.")] = False,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -574,7 +575,7 @@ def bench(
 
     code = benching.run(
         path, cap=timeout_cap, out=out, workers=workers, threads=threads, memory=memory,
-        domains=domains, exact=exact, save=save, plot=plot, json_file=json,
+        domains=domains, exact=exact, fast=fast, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
 

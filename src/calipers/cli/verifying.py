@@ -23,6 +23,7 @@ from calipers.evaluate.queries import read
 from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
 from calipers.files import write_atomically
+from calipers.graph.graph import Network
 from calipers.graph.onnx_file import write_tensor
 from calipers.vnnlib import Query, format_assignment
 
@@ -121,26 +122,17 @@ def verify(
             watchdog = threading.Timer(left + GRACE, _end, (answer,))
             watchdog.daemon = True
             watchdog.start()
-        if fast and certificate is not None:
-            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
         network, query = read(model, path, name)
         left = seconds - (time.perf_counter() - begin)
         if left <= 0:
             decision = Decision("timed-out", "time was up before query and network were read")
-        elif fast:
-            decision = decide(
-                network, query, seconds=left, memory=limit, exact=exact, real=real, seed=seed,
-                progress=_told,
-            )  # fmt: skip
-            answer.about["certificate"] = None
         else:
-            decision, proof = decide_strictly(
-                network, query, (Path(model), Path(path)), seconds=left, memory=limit, exact=exact,
-                real=real, seed=seed, progress=_told,
-            )  # fmt: skip
-            answer.about["certificate"] = None if proof is None else proof.json()
-            if certificate is not None and proof is not None and proof.data is not None:
-                certificate.write_bytes(proof.data)
+            options = {
+                "seconds": left, "memory": limit, "exact": exact, "real": real, "seed": seed,
+                "progress": _told,
+            }  # fmt: skip
+            files_read = Path(model), Path(path)
+            decision = _decided(answer, fast, certificate, network, query, files_read, options)
     except NoInputs as error:
         return answer.give(Decision("unsat", str(error), "reader"))
     except (CalipersError, ValueError, OSError) as error:
@@ -156,6 +148,33 @@ def verify(
         if watchdog is not None:
             watchdog.cancel()
     return answer.give(decision, query)
+
+
+def _decided(
+    answer: _Answer,
+    fast: bool,
+    certificate: Path | None,
+    network: Network,
+    query: Query,
+    files: tuple[Path, Path],
+    options: dict[str, Any],
+) -> Decision:
+    """The decision, strictly unless ``fast``; its certificate is written.
+
+    Raises:
+        ValueError: a certificate is wanted, and a fast answer.
+    """
+    answer.about["certificate"] = None
+    if fast:
+        if certificate is not None:
+            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
+        return decide(network, query, **options)
+    decision, proof = decide_strictly(network, query, files, **options)
+    if proof is not None:
+        answer.about["certificate"] = proof.json()
+        if certificate is not None and proof.data is not None:
+            certificate.write_bytes(proof.data)
+    return decision
 
 
 def _end(answer: _Answer) -> None:
