@@ -12,13 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from calipers.bracket import Verdict
+from calipers.evaluate import audit
+from calipers.evaluate.certificates import certificates
 from calipers.evaluate.queries import read
 from calipers.evaluate.strict import certified, checked
 from calipers.exact import branch, split_inputs
 from calipers.exact.certificate import of_query
 from calipers.exact.record import Proof, Record
 from calipers.graph.graph import Network
+from calipers.sets import ThreatModel
 from calipers.vnnlib import Query
+from calipers_check import check
 from exact_checks import deadline
 from queries import text, write_network
 
@@ -186,3 +191,20 @@ def test_a_refused_certificate_is_no_answer(
     code, out, err = run("verify", *files, "--timeout", 60)
     assert (code, out) == (0, "unknown\n")
     assert "not accepted: planted" in err
+
+
+def test_certified_examples_of_an_audit(tmp_path: Path) -> None:
+    """Every certified example has a certificate about its own box, with the property inside."""
+    network, _, _ = subject(tmp_path, 3)
+    x = torch.rand(8, 2, generator=torch.Generator().manual_seed(0))
+    threat = ThreatModel(math.inf, 0.1, lower=0.0, upper=1.0)
+    with torch.no_grad():
+        y = network(x).argmax(1)
+    result = audit(network, (x, y), threat, seconds=20)
+    robust = [int(i) for i, v in enumerate(result.bracket.verdict()) if v is Verdict.ROBUST]
+    assert robust
+    found = certificates(result, network, tmp_path / "certificates")
+    assert found == dict.fromkeys(robust, "")
+    for i in robust:
+        proof = tmp_path / "certificates" / f"{i}.cert"
+        assert check(proof, tmp_path / "certificates" / "network.onnx").digest is not None

@@ -146,6 +146,10 @@ def audit(
         bool,
         typer.Option("--deployed", help="Certify the network as it runs, its rounding included."),
     ] = False,
+    certificates: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a checked certificate per certified example."),
+    ] = None,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
@@ -162,6 +166,7 @@ def audit(
         allow_softmax=allow_softmax,
         deployed=deployed,
         memory=memory,
+        certificates=certificates,
     )
     if interrupted:
         raise typer.Exit(130)
