@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -87,7 +88,7 @@ def random_layers(seed: int, sizes: Sequence[int] = (2, 4, 4, 1)) -> Layers:
             rng.normal(size=(n, m)).astype(np.float32),
             (0.3 * rng.normal(size=n)).astype(np.float32),
         )
-        for m, n in zip(sizes[:-1], sizes[1:], strict=True)
+        for m, n in itertools.pairwise(sizes)
     ]
 
 

@@ -274,6 +274,41 @@ def test_no_certificate_is_accepted_where_a_counterexample_is_planted(
             assert not accepts(case, case.write(random_certificate(rng, layers, splits)))
 
 
+def test_every_clause_of_a_tree_is_proved(tmp_path: Path) -> None:
+    """One clause is proved at once, the other nowhere near its counterexample."""
+    layers = random_layers(3)
+    top = maximum(layers, [-1, -1], [1, 1])
+    for easy, hard in ((0, 1), (1, 0)):
+        gap = {easy: 50.0, hard: -0.01}
+        text = query(
+            [-1.0, -1.0], [1.0, 1.0], 1, f"(or (>= Y_0 {top + gap[0]}) (>= Y_0 {top + gap[1]}))"
+        )
+        case = Case(tmp_path, mlp(layers), text)
+        for depth in (0, 1, 6):
+            arrays = bisected(depth) | {"0/bounds": CROWN, "0/proof": CROWN, "0/trim": U8([1])}
+            for trees in ([{"clauses": [0, 1]}], [{"clauses": [1, 0]}]):
+                assert not accepts(case, case.write(arrays, trees))
+            with pytest.raises(Refused, match=f"clause {hard} is in no tree"):
+                check(case.write(arrays, [{"clauses": [easy]}]), case.network, case.prop)
+
+
+def test_the_maximum_of_a_window_is_not_that_of_its_best_known_element(tmp_path: Path) -> None:
+    """One element is at least 0, another reaches further."""
+    data = onnx_bytes(
+        [helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 2])],
+        {},
+        (1, 1, 2, 2),
+        (1, 1, 1, 1),
+    )
+    low, high = [0.0, -1.0, -1.0, -1.0], [0.5, 1.0, 0.25, -0.5]
+    arrays = {"0/bounds": CROWN, "0/proof": CROWN}
+    for unsafe, expected in (
+        ("(>= Y_0 1.0)", False), ("(>= Y_0 1.001)", True), ("(<= Y_0 0.0)", False), ("(<= Y_0 -0.001)", True)
+    ):  # fmt: skip
+        case = Case(tmp_path, data, query(low, high, 1, unsafe))
+        assert accepts(case, case.write(arrays)) is expected
+
+
 def test_random_certificates_are_accepted_where_there_is_room(tmp_path: Path) -> None:
     """So the test above does not refuse for want of form."""
     rng = np.random.default_rng(1)
@@ -299,6 +334,22 @@ def test_cancelling_weights_are_never_certified_and_their_absence_is(tmp_path: P
     # the rationals see what floats cannot
     case = Case(tmp_path, mlp(layers), query([-1.0], [1.0], 1, "(>= Y_0 1.25)"))
     assert accepts(case, case.write(arrays))
+
+
+def test_long_sums_lose_what_their_length_allows(tmp_path: Path) -> None:
+    """1 + n·2^-53 sums to about 1 in floats: each term is half a unit in the last place of the first."""
+    n = 20_000
+    first = np.full((n, 1), 2.0**-53, np.float32)
+    first[0] = 1.0
+    layers = [
+        (first, np.zeros(n, np.float32)),
+        (np.ones((1, n), np.float32), np.zeros(1, np.float32)),
+    ]
+    arrays = {"0/bounds": U8([1]), "0/proof": CROWN}
+    for more, expected in ((-3, False), (10 * n, True)):
+        threshold = 1 + (n - 1 + more) * 2.0**-53
+        case = Case(tmp_path, mlp(layers), query([1.0], [1.0], 1, f"(>= Y_0 {threshold!r})"))
+        assert accepts(case, case.write(arrays)) is expected
 
 
 def test_sums_whose_order_matters_count_as_real_sums(tmp_path: Path) -> None:
@@ -460,6 +511,93 @@ def test_a_smooth_network_is_certified(tmp_path: Path) -> None:
             tmp_path, mlp(layers, kind), query([-0.1] * 2, [0.1] * 2, 1, f"(>= Y_0 {y - 1e-3})")
         )
         assert not accepts(case, case.write(arrays))
+
+
+def test_sparse_products_are_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As numbers, as magnitudes and as rows; also in rationals."""
+    import calipers_check.onnx_file as reader
+
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(30, 40)).astype(np.float32) * (rng.random((30, 40)) < 0.03)
+    layers = [(weight, np.ones(30, np.float32)), (weight[:1, :30], np.ones(1, np.float32))]
+    sparse = read_network(mlp(layers)).steps[0]
+    monkeypatch.setattr(reader, "SPARSE", 10**9)
+    dense = read_network(mlp(layers)).steps[0]
+    assert type(sparse) is not type(dense)
+    x, A = rng.normal(size=(3, 40)), rng.normal(size=(3, 30))
+    for kind in (lambda s: s, lambda s: s.exact()):
+        one, other = kind(sparse), kind(dense)
+        for name, v in (("along", x), ("sizes", np.abs(x)), ("back", A)):
+            v = v if kind(sparse) is sparse else np.frompyfunc(Fraction, 1, 1)(v)
+            gap = getattr(one, name)(0, v) - getattr(other, name)(0, v)
+            assert np.abs(gap.astype(float)).max() < 1e-14
+    assert sparse.terms <= dense.terms
+
+
+def test_values_that_are_read_more_than_once(tmp_path: Path) -> None:
+    """y = relu(x) + relu(x) + x − x, at most 2; a bias behind a shared product belongs to one reader alone."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "W"], ["p"]),
+        helper.make_node("Identity", ["p"], ["q"]),
+        helper.make_node("Add", ["q", "b"], ["r"]),
+        helper.make_node("Relu", ["p"], ["h"]),
+        helper.make_node("Add", ["h", "h"], ["s"]),
+        helper.make_node("Sub", ["r", "p"], ["t"]),
+        helper.make_node("Add", ["s", "t"], ["y"]),
+    ]
+    parameters = {"W": np.float32([[1.0]]), "b": np.float32([5.0])}
+    data = onnx_bytes(nodes, parameters, (1, 1), (1, 1))
+    arrays = {"0/bounds": CROWN, "0/proof": CROWN}
+    for threshold, expected in (("7.001", True), ("7", False), ("6.9", False)):
+        case = Case(tmp_path, data, query([-1.0], [1.0], 1, f"(>= Y_0 {threshold})"))
+        assert accepts(case, case.write(arrays)) is expected
+
+
+def test_networks_that_are_refused() -> None:
+    """What would be misread is not read."""
+    W, one = np.float32([[1.0]]), (1, 1)
+
+    def network(*nodes: Any, **more: Any) -> bytes:
+        return onnx_bytes(list(nodes), {"W": W, **more}, one, one)
+
+    for data in (
+        b"", b"not onnx",
+        network(helper.make_node("Gemm", ["x", "W"], ["y"], alpha=0.5)),
+        network(helper.make_node("Softmax", ["x"], ["y"])),
+        network(helper.make_node("Mul", ["x", "x"], ["y"])),
+        network(helper.make_node("Div", ["W", "x"], ["y"])),
+        network(helper.make_node("Relu", ["x"], ["y"], odd=1)),
+        network(helper.make_node("Relu", ["z"], ["y"])),
+        network(helper.make_node("Add", ["W", "W"], ["z"]), helper.make_node("Add", ["x", "z"], ["y"])),
+        network(helper.make_node("MatMul", ["x", "N"], ["y"]), N=np.float32([[np.nan]])),
+        network(helper.make_node("Relu", ["x"], ["y"], domain="other")),
+        network(helper.make_node("Identity", ["W"], ["y"])),
+        network(helper.make_node("Cast", ["x"], ["y"], to=7)),
+        network(helper.make_node("Div", ["x", "O"], ["y"]), O=np.float32([0.0])),
+    ):  # fmt: skip
+        with pytest.raises(Unusable):
+            read_network(data)
+
+
+def test_trees_that_share_a_root(tmp_path: Path) -> None:
+    """Two clauses over one box: the second tree starts where node 0 of the first left off, with its columns."""
+    case, arrays = two_neuron_case(tmp_path)
+    text = query([-1.0], [1.0], 1, "(or (>= Y_0 -0.4999) (>= Y_0 -0.499))")
+    case = Case(tmp_path, mlp(two_neurons()), text)
+    second = {
+        "1/line.node": I32([0]), "1/line.clause": I32([1]), "1/line.choice": I32([0]),
+        "1/choice": np.uint8([[255, 255]]),
+    }  # fmt: skip
+    columns = {"0/column.layer": I32([0, 0]), "0/column.element": I32([0, 1])}
+    trees = [{"clauses": [0]}, {"clauses": [1], "root": 0}]
+    assert accepts(case, case.write(arrays | columns | second, trees))
+    assert not accepts(case, case.write(arrays | second, trees))
+    own = {"1/column.layer": I32([0, 0]), "1/column.element": I32([0, 1])}
+    assert not accepts(case, case.write(arrays | columns | second | own, trees))
+    text = query([-1.0], [1.0], 1, "(or (>= Y_0 -0.4999) (and (<= X_0 0.5) (>= Y_0 -0.499)))")
+    case = Case(tmp_path, mlp(two_neurons()), text)
+    with pytest.raises(Refused, match="its box"):
+        check(case.write(arrays | columns | second, trees), case.network, case.prop)
 
 
 # -- queries --------------------------------------------------------------------------------------------------------

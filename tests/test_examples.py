@@ -20,6 +20,7 @@ RESULTS = {
     "03_audit.py": r"\d+% certified <= robust accuracy <= \d+% empirical",
     "04_onnx.py": r"ONNX file: certified margins \[",
     "05_binarised.py": r"(?s)40 steps +accuracy 9\d%.*through +accuracy 7\d%.*certified +accuracy 6\d%.*zero grad",
+    "06_linear.py": r"(?s)robust +loss \S+ \(gap \de-\d+\), accuracy 9\d%, exact robust accuracy 69%.*: 69%.*separable",
 }
 
 

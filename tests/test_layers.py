@@ -36,7 +36,8 @@ ATTACKS = L0 | {"seeds"}
 BOUNDS = L2 | {"seeds", "programs"}
 L4 = BOUNDS | {"bounds"}
 L5 = L4 | {"attacks", "exact", "", "data"}  # "": the version
-TOP = L5 | {"evaluate", "models", "zoo", "api", "training", "recipes", "cli"}
+TOP = L5 | {"downloads", "images", "evaluate", "models", "zoo", "api", "training", "recipes"}
+TOP |= {"reproduce", "cli"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
@@ -57,13 +58,16 @@ ALLOWED: dict[str, set[str]] = {
     "attacks": ATTACKS,
     "bounds": BOUNDS,
     "exact": L4,
-    "data": {"errors"},
+    "downloads": {"errors", "files"},
+    "images": {"errors"},
+    "data": {"errors", "downloads", "images"},
     "zoo": {"errors", "graph", "data"},
     "models": {"errors", "files", "graph", "zoo"},
     "training": L5 | {"zoo", "models"},
     "evaluate": L5,
     "api": L5 | {"evaluate", "models", "zoo"},
     "recipes": TOP,
+    "reproduce": L5 | {"training", "models"},
     "cli": TOP,
     "": TOP,
 }
@@ -135,6 +139,7 @@ HEAVY = (
     "sklearn",
     "matplotlib",
     "safetensors",
+    "PIL",
 )
 
 

@@ -15,7 +15,7 @@ import torch
 
 import calipers as cp
 import geometry as g
-from calipers.errors import DataError
+from calipers.errors import DataError, SolverError
 from calipers.training.linear import (
     NormRegularisedLogisticRegression,
     RobustLogisticRegression,
@@ -346,6 +346,12 @@ BAD: list[tuple[dict[str, Any], Any, Any, str]] = [
 def test_bad_input_is_named(settings: dict[str, Any], x: Any, y: Any, message: str) -> None:
     with pytest.raises((DataError, ValueError), match=message):
         RobustLogisticRegression(**settings).fit(x, y)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_values_beyond_float64_end_in_an_error() -> None:
+    with pytest.raises(SolverError, match="rescale the features"):
+        RobustLogisticRegression(0.1).fit(X * 1e200, Y)
 
 
 def test_labels_outside_the_classes_are_refused() -> None:

@@ -99,6 +99,27 @@ def test_results_depend_on_the_examples_seed_alone(monkeypatch):
     assert not torch.equal(smoothed(model, x, seeds=seeds + 9, **options).share, whole.share)
 
 
+def test_the_class_and_its_share_come_from_different_draws():
+    """Or the share of the class that was most frequent would be too high."""
+    seen = []
+
+    def model(x):
+        seen.append(x)
+        return torch.zeros(len(x), 2)
+
+    smoothed(
+        model,
+        torch.zeros(1, 9),
+        sigma=1.0,
+        seeds=torch.arange(1),
+        num_classes=2,
+        first=40,
+        draws=60,
+    )
+    first, second = seen
+    assert (torch.cdist(first, second) > 0.1).all()
+
+
 def test_a_model_of_nan_certifies_nothing():
     found = smoothed(
         lambda x: torch.full((len(x), 3), math.nan),

@@ -69,6 +69,12 @@ def dropout_net() -> nn.Module:
     )  # fmt: skip
 
 
+def normalised_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
+    )
+
+
 def small(**changes) -> Run:
     """Digits, two layers, one epoch unless told otherwise."""
     given = {

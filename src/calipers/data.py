@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calipers import images
+from calipers.downloads import cache
 from calipers.errors import DataError, unknown_name
 
 DIGITS_TRAIN = 1297  # of the 1,797 digits, in the order of the packaged file
@@ -33,6 +35,7 @@ SIZES: dict[str, tuple[tuple[int, ...], int]] = {  # shape of an example, and tr
 }
 _TEN = tuple("0123456789")
 FOLDER = ("x.npy", "y.npy")
+_A_FOLDER = "a folder with x.npy and y.npy, or with a folder of images per class"
 # what numpy and zipfile raise on damaged files
 _DAMAGE = (
     ValueError,
@@ -87,9 +90,9 @@ def load(spec: str, *, data_dir: str | Path | None = None, split: str = "test") 
     """The examples that ``spec`` names.
 
     Args:
-        spec: ``digits`` (in the package), ``mnist`` or ``cifar10`` (standard files under ``data_dir``), an ``.npz``
-            file with ``x`` and ``y`` (optionally ``lower``, ``upper``, ``classes``), or a folder with ``x.npy`` and
-            ``y.npy``.
+        spec: ``digits`` (in the package), ``mnist`` or ``cifar10`` (standard files under ``data_dir``, or where
+            `calipers.downloads` keeps them), an ``.npz`` file with ``x`` and ``y`` (optionally ``lower``, ``upper``,
+            ``classes``), a folder with ``x.npy`` and ``y.npy``, or one with a folder of images per class.
         split: ``test`` or ``train``; a file or folder of one's own has one split, which counts as ``test``.
 
     Raises:
@@ -257,7 +260,15 @@ def read_array(path: str | Path, *, expected: str) -> Any:
 
 
 def _folder(path: Path) -> Data:
-    x, y = (read_array(path / f, expected="a folder with x.npy and y.npy") for f in FOLDER)
+    if not any((path / f).exists() for f in FOLDER) and images.classes_in(path):
+        pixels, labels, classes = images.read(path)
+        return checked(pixels.astype(np.float32) / 255, labels, name=path.name, classes=classes)
+    x, y = (
+        read_array(
+            path / f, expected="a folder with x.npy and y.npy, or with a folder of images per class"
+        )
+        for f in FOLDER
+    )
     return checked(x, y, name=path.name)
 
 
@@ -325,7 +336,11 @@ def _cifar10(data_dir: Path | None, split: str) -> Data:
 def _find(data_dir: Path | None, file: str, what: str) -> Path:
     """``file``, plain or gzipped, in ``data_dir`` or the usual folder below it."""
     if data_dir is None:
-        raise DataError(f"{what}: say where its files are with --data-dir (data_dir=)")
+        data_dir = cache(what)
+        if not data_dir.is_dir():
+            raise DataError(
+                f"{what}: say where its files are with --data-dir (data_dir=), or fetch them: calipers download {what}"
+            )
     for folder in (data_dir, data_dir / what, data_dir / "cifar-10-batches-bin"):
         for name in (file, f"{file}.gz"):
             if (folder / name).is_file():

@@ -14,6 +14,8 @@ CalipersError
 ├── CertificateError    there is no certificate of what was proved
 ├── MemoryLimit         a single example does not fit into memory
 ├── StoreMismatch       a stored run belongs to another model, data, threat or version
+├── StoreError          a run directory cannot be written: read-only, full, or in use
+├── WorkerError         worker processes cannot be started
 └── TrainingError       a training cannot go on (NaN, a GPU that is not there, ...)
 
 A wrong *argument* (a negative radius, an unknown name) is a ``ValueError`` that names the argument and
@@ -89,6 +91,14 @@ class MemoryLimit(CalipersError, MemoryError):
 
 class StoreMismatch(CalipersError):
     """A stored run belongs to another model, data set, threat model or code version."""
+
+
+class StoreError(CalipersError):
+    """A run directory cannot be written; what was finished before is still there."""
+
+
+class WorkerError(CalipersError):
+    """Worker processes cannot be started, or end before they work."""
 
 
 class TrainingError(CalipersError):

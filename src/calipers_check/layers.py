@@ -31,6 +31,8 @@ class Step:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray) and value.dtype == np.float64:
                 setattr(other, name, RATIONAL(value))
+            if isinstance(value, tuple) and isinstance(value[-1], np.ndarray):
+                setattr(other, name, (*value[:-1], RATIONAL(value[-1])))
         return other
 
 
@@ -83,6 +85,42 @@ class Dense(Affine):
 
     def back(self, j: int, A: Array) -> Array:
         return self._times(A, self.weight)
+
+
+@dataclass
+class Sparse(Affine):
+    """A matrix given by its entries that are not 0."""
+
+    row: Array
+    column: Array
+    entry: Array
+    width: int  # of the operand
+
+    def __post_init__(self) -> None:
+        order = np.lexsort((self.row, self.column))
+        self.by_row = self.row, self.column, self.entry
+        self.by_column = self.column[order], self.row[order], self.entry[order]
+
+    @property
+    def terms(self) -> int:
+        return int(max(np.bincount(self.row).max(), np.bincount(self.column).max()))
+
+    @staticmethod
+    def _times(x: Array, size: int, to: Array, index: Array, entry: Array) -> Array:
+        """``to`` is sorted."""
+        found = np.zeros((len(x), size), dtype=x.dtype)
+        start = np.flatnonzero(np.diff(to, prepend=-1))
+        found[:, to[start]] = np.add.reduceat(x[:, index] * entry, start, 1)
+        return found
+
+    def along(self, j: int, x: Array) -> Array:
+        return self._times(x, self.size, *self.by_row)
+
+    def sizes(self, j: int, x: Array) -> Array:
+        return self._times(x, self.size, self.row, self.column, np.abs(self.entry))
+
+    def back(self, j: int, A: Array) -> Array:
+        return self._times(A, self.width, *self.by_column)
 
 
 @dataclass
@@ -272,6 +310,11 @@ class Network:
         return [self.inputs, *(step.size for step in self.steps)]
 
     @property
+    def broadest(self) -> int:
+        """How many numbers a row may take in the middle of a step."""
+        return max(self.inputs, *(_broad(step) for step in self.steps))
+
+    @property
     def products(self) -> int:
         """About how many multiplications one evaluation takes."""
         return sum(_products(step) for step in self.steps)
@@ -283,6 +326,14 @@ def _products(step: Step) -> int:
             return step.weight.size * max(step.size // max(len(step.weight), 1), 1)
         case Conv():
             return step.weight.size * step.out[1] * step.out[2]
+        case Sparse():
+            return len(step.entry)
         case Pick() | Maximum():
             return step.index.size
     return step.size
+
+
+def _broad(step: Step) -> int:
+    if isinstance(step, Conv):
+        return int(np.prod(step.weight.shape[1:])) * step.groups * step.out[1] * step.out[2]
+    return len(step.entry) if isinstance(step, Sparse) else step.size

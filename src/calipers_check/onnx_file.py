@@ -22,11 +22,13 @@ from calipers_check.layers import (
     Pick,
     Scale,
     Smooth,
+    Sparse,
     Step,
     Sum,
 )
 
 MAX_NUMBERS = 1 << 28  # of one value, or of one table of indices
+SPARSE = 20  # entries of a matrix for each that is not 0, from which on only those are kept
 
 
 class Variable:
@@ -169,13 +171,18 @@ class _Reader:
 
     def dense(self, x: Variable, matrix: Array, bias: Array | None = None) -> Variable:
         """x @ matrix."""
-        weight = np.ascontiguousarray(_real(matrix.T))
-        shape = (*x.shape[:-1], len(weight))
         if matrix.ndim != 2 or x.shape[-1] != len(matrix):
             raise Unusable(f"network: a matrix of shape {matrix.shape} times {x.shape}")
+        shape = (*x.shape[:-1], matrix.shape[1])
         if bias is not None:
             bias = np.broadcast_to(_real(bias), shape).reshape(-1)
-        return self.add(Dense((x.number,), math.prod(shape), weight, bias=bias), shape)
+        turned = np.ascontiguousarray(matrix.T)
+        if x.size == len(matrix) and 0 < SPARSE * np.count_nonzero(turned) < turned.size:
+            row, column = np.nonzero(turned)
+            entry = _real(turned[row, column])
+            step: Step = Sparse((x.number,), len(turned), row, column, entry, x.size, bias=bias)
+            return self.add(step, shape)
+        return self.add(Dense((x.number,), math.prod(shape), _real(turned), bias=bias), shape)
 
 
 def _real(constant: Array) -> Array:
@@ -202,12 +209,12 @@ def _merged(steps: Sequence[Step]) -> list[Step]:
         fits = (
             isinstance(step, Scale)
             and bool((step.factor == 1).all())
-            and isinstance(before, Dense | Conv)
+            and isinstance(before, Dense | Sparse | Conv)
             and before.bias is None
             and step.sources[0] == source
             and readers[source] == 1
         )
-        if fits and isinstance(before, Dense | Conv) and isinstance(step, Scale):
+        if fits and isinstance(before, Dense | Sparse | Conv) and isinstance(step, Scale):
             made[-1] = replace(before, bias=step.bias)
         return fits
 

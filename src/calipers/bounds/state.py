@@ -47,6 +47,7 @@ class State:
         choose: picks the lines of activations, the same for all rows, by kind, interval and further arguments (see
             `Tuned`); None, here or as its answer: `Activation.relax`.
         deadline: a value of `time.perf_counter`, after which the next step raises `TimeoutError`.
+        whole: rows are not cut into pieces for the cache: for training, where each piece's gradient is as large as all.
     """
 
     network: Network
@@ -65,6 +66,7 @@ class State:
     changed: set[str] = field(default_factory=set)  # since it was first propagated
     choose: Choose | None = None
     deadline: float = math.inf
+    whole: bool = False
     parent: State | None = None
     span: slice | Tensor = field(default_factory=lambda: slice(None))  # of the parent's examples
 
@@ -79,8 +81,8 @@ class State:
     @property
     def budget(self) -> int:
         """Bytes for the rows of one backward pass."""
-        on_cpu = self.frame.origin.device.type == "cpu"
-        return min(self.memory, CACHE) if on_cpu else self.memory
+        cached = self.frame.origin.device.type == "cpu" and not self.whole
+        return min(self.memory, CACHE) if cached else self.memory
 
     def gamma(self, n: int) -> float:
         """The rounding factor of a sum of n products in any order, doubled for the accounting's own rounding."""
@@ -184,6 +186,7 @@ class State:
             {k: _cut(v, span) for k, v in self.boxes.items()},
             choose=self.choose,
             deadline=self.deadline,
+            whole=self.whole,
             parent=self,
             span=span,
         )
@@ -236,6 +239,7 @@ def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
         return product.squeeze(0) if single else product.squeeze(-1).T
     # many products with one column each are slow on a CPU; these passes stay in the cache
     step = max(1, PIECE // (vector.numel() * vector.itemsize))
+    step = len(rows) if rows.requires_grad or vector.requires_grad else step
     cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
     return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
 

@@ -585,6 +585,29 @@ def bench(
     raise typer.Exit(code)
 
 
+@app.command()
+def reproduce(
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The tutorial's weights and MNIST's four files.")
+    ],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Attacks on a sample of the images.")
+    ] = False,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Claims whose section or description holds TEXT.")
+    ] = "",
+    json: Json = None,
+) -> None:
+    """The numbers that the tutorial of Kolter and Madry printed, computed again from its weights.
+
+    Exit code 1 if any differs without a known reason.
+    """
+    from calipers.cli import reproducing
+
+    if not reproducing.run(data_dir, fast=fast, only=only, json_file=json):
+        raise typer.Exit(1)
+
+
 runs = typer.Typer(
     help="Run directories of audits: list, show, compare, export.", no_args_is_help=True
 )
@@ -684,10 +707,12 @@ def train(
         return
     if recipe is None:
         raise ValueError("RECIPE: name one; calipers train --list shows them")
-    training.train(
+    interrupted = training.train(
         recipe, settings=settings or [], directory=run, data_dir=data_dir, json_file=json,
         tensorboard=tensorboard, anyway=anyway,
     )  # fmt: skip
+    if interrupted:
+        raise typer.Exit(130)
 
 
 @app.command("compare")
@@ -719,9 +744,30 @@ def sweep(
     """RECIPE once for each combination of values, then all side by side; goes on where it stopped."""
     from calipers.cli import training
 
-    training.sweep(
+    interrupted = training.sweep(
         recipe, vary=vary, settings=settings or [], directory=run, data_dir=data_dir, anyway=anyway
     )
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="mnist|cifar10")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to; a cache folder, which is looked into, if left out."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another address that has the files.")
+    ] = None,
+) -> None:
+    """Fetch a data set, checked byte by byte; it is read from there without --data-dir."""
+    from calipers.cli import training
+
+    training.fetch(name, data_dir, source)
 
 
 vnncomp = typer.Typer(

@@ -34,6 +34,7 @@ from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
 from calipers.sets import ThreatModel
+from calipers.training.objectives import OBJECTIVES
 from calipers.zoo import ZOO
 
 DEFAULT_MODEL = "digits_pgd"
@@ -173,7 +174,7 @@ def methods() -> None:
         ("Lower bound of the adversary's loss (attacks: the upper end of the margin)", ATTACKS),
         ("Exact", EXACT),
         ("Upper bound of the adversary's loss (bounds: the lower end of the margin)", BOUNDS),
-        ("Outer minimisation (training)", {}),
+        ("Outer minimisation (training)", OBJECTIVES),
     )
     out = console()
     for title, entries in sides:
@@ -181,7 +182,7 @@ def methods() -> None:
         table = Table.grid(padding=(0, 2))
         for name, method in entries.items():
             table.add_row(f"  {name}", Text(_summary(method)))
-        out.print(table if entries else Text("  none in this version", style="dim"))
+        out.print(table)
     out.print(Text(f"Levels of the attack auto: {', '.join(LEVELS)}"))
     stages = ", ".join(stage.name for stage in default_cascade())
     out.print(Text(f"Stages of an audit, in order: {stages}", style="bold"))

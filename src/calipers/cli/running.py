@@ -63,6 +63,8 @@ def shown(directory: Path) -> None:
         lines = value if isinstance(value, list) else [value]
         for i, line in enumerate(lines):
             about.add_row(Text("" if i else name, style="bold"), Text(str(line)))
+    for place, start in enumerate(run.starts):
+        about.add_row(Text("" if place else "started", style="bold"), Text(_started(start)))
     out.print(about)
     table = _table("stage", "examples", "seconds", "passes", numbers=3)
     for stage in run.stages:
@@ -70,7 +72,24 @@ def shown(directory: Path) -> None:
             Text(stage.stage), str(stage.examples), f"{stage.seconds:.2f}", f"{stage.work:.0f}"
         )
     out.print(table)
+    for reason, names in _grouped(run).items():
+        out.print(Text(f"failed: {', '.join(names)}: {reason}", style="yellow"))
     out.print(Text(_counts(run)))
+
+
+def _started(start: object) -> str:
+    return ", ".join(map(str, start.values())) if isinstance(start, dict) else str(start)
+
+
+def _grouped(run: Stored) -> dict[str, list[str]]:
+    """Failed units by reason; of many the first."""
+    found: dict[str, list[str]] = {}
+    for stage, example, reason in run.failures:
+        found.setdefault(reason, []).append(f"{stage} of example {example}")
+    return {
+        r: names if len(names) <= SHOWN else [*names[:SHOWN], f"{len(names) - SHOWN} more"]
+        for r, names in found.items()
+    }
 
 
 def _counts(run: Stored) -> str:

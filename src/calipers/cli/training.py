@@ -11,17 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
 from calipers.cli.commands import console
 from calipers.cli.options import writable
+from calipers.downloads import download
 from calipers.errors import DataError
 from calipers.files import write_atomically
 from calipers.recipes import build, catalogue
-from calipers.training import Measured, Status, Trained, checkpoints
+from calipers.training import Measured, Run, Status, Trained, checkpoints
 from calipers.training import train as run_training
 from calipers.training.distributed import group
 from calipers.training.loop import RESULT
@@ -50,22 +58,16 @@ def train(
     json_file: Path | None,
     tensorboard: bool,
     anyway: bool,
-) -> None:
-    """Train, print, write."""
+) -> bool:
+    """Train, print, write; returns whether Ctrl-C ended it early."""
     if json_file is not None:
         writable("--json", json_file.absolute())
     run = build(recipe, _pairs("--set", settings))
-    with _progress() as show:
-        result = run_training(
-            run,
-            directory=directory,
-            data_dir=data_dir,
-            progress=show,
-            tensorboard=tensorboard,
-            anyway=anyway,
-        )
+    result = _run(run, directory, data_dir=data_dir, tensorboard=tensorboard, anyway=anyway)
+    if result is None:
+        return True
     if not group().first:
-        return
+        return False
     console().print(_table([_line(run.name, result.json())]))
     for finding in result.findings:
         console().print(Text(f"{finding.kind}: {finding.message}"))
@@ -73,6 +75,18 @@ def train(
         console().print(Text(_advice(result)))
     if json_file is not None:
         write_atomically(json_file, json.dumps(result.json(), indent=2) + "\n")
+    return False
+
+
+def _run(run: Run, directory: Path | None, prefix: str = "", **options: Any) -> Trained | None:
+    """The training with its progress shown; None after Ctrl-C."""
+    try:
+        with _progress(prefix) as show:
+            return run_training(run, directory=directory, progress=show, **options)
+    except KeyboardInterrupt:
+        kept = "nothing was kept" if directory is None else "the same command goes on"
+        sys.stderr.write(f"{prefix}interrupted; {kept}\n")
+        return None
 
 
 def compare(folders: Sequence[Path]) -> None:
@@ -92,8 +106,8 @@ def sweep(
     directory: Path,
     data_dir: Path | None,
     anyway: bool,
-) -> None:
-    """One training for each combination, each in a folder of its own; finished ones are not repeated."""
+) -> bool:
+    """One training for each combination, each in a folder of its own; finished ones are not repeated. As `train`."""
     fixed = _pairs("--set", settings)
     choices = {key: text.split(",") for key, text in _pairs("--vary", vary).items()}
     if not choices:
@@ -108,13 +122,32 @@ def sweep(
     rows = []
     for name, run in runs.items():
         folder = directory / name.replace("/", "_").replace(" ", "_")
-        with _progress(f"{name}: ") as show:
-            result = run_training(
-                run, directory=folder, data_dir=data_dir, progress=show, anyway=anyway
-            )
+        result = _run(run, folder, f"{name}: ", data_dir=data_dir, anyway=anyway)
+        if result is None:
+            return True
         rows.append(_line(name, result.json()))
     if group().first:
         console().print(_table(rows))
+    return False
+
+
+def fetch(name: str, folder: Path | None, source: str | None) -> None:
+    """Download, and say where to."""
+    with Bar(
+        TextColumn("{task.description}"),
+        DownloadColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(file: str, done: int) -> None:
+            if file not in tasks:
+                tasks[file] = bar.add_task(file, total=None)
+            bar.update(tasks[file], completed=done)
+
+        where = download(name, folder, source=source, progress=show)
+    console().print(Text(f"{name}: {where}"))
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

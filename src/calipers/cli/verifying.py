@@ -20,7 +20,7 @@ from calipers.cli.options import writable
 from calipers.errors import CalipersError, NoInputs, SpecError
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.queries import read
-from calipers.evaluate.strict import decide_strictly
+from calipers.evaluate.strict import Certified, decide_strictly
 from calipers.evaluate.verify import Decision, decide
 from calipers.files import write_atomically
 from calipers.graph.graph import Network
@@ -108,6 +108,8 @@ def verify(
         writable("--json", json_file.absolute())
     if certificate is not None:
         writable("--certificate", certificate.absolute())
+        if fast:
+            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
     answer = _Answer(
         json_file, folder, {"calipers": __version__, "files": [Path(f).name for f in files]}
     )
@@ -127,12 +129,11 @@ def verify(
         if left <= 0:
             decision = Decision("timed-out", "time was up before query and network were read")
         else:
-            options = {
-                "seconds": left, "memory": limit, "exact": exact, "real": real, "seed": seed,
-                "progress": _told,
-            }  # fmt: skip
-            files_read = Path(model), Path(path)
-            decision = _decided(answer, fast, certificate, network, query, files_read, options)
+            decision, proof = _decided(
+                network, query, (Path(model), Path(path)), fast=fast, seconds=left, memory=limit,
+                exact=exact, real=real, seed=seed,
+            )  # fmt: skip
+            _kept(answer, proof, certificate)
     except NoInputs as error:
         return answer.give(Decision("unsat", str(error), "reader"))
     except (CalipersError, ValueError, OSError) as error:
@@ -151,30 +152,19 @@ def verify(
 
 
 def _decided(
-    answer: _Answer,
-    fast: bool,
-    certificate: Path | None,
-    network: Network,
-    query: Query,
-    files: tuple[Path, Path],
-    options: dict[str, Any],
-) -> Decision:
-    """The decision, strictly unless ``fast``; its certificate is written.
-
-    Raises:
-        ValueError: a certificate is wanted, and a fast answer.
-    """
-    answer.about["certificate"] = None
+    network: Network, query: Query, files: tuple[Path, Path], *, fast: bool, **options: Any
+) -> tuple[Decision, Certified | None]:
+    """By the search's word alone, or with a certificate."""
     if fast:
-        if certificate is not None:
-            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
-        return decide(network, query, **options)
-    decision, proof = decide_strictly(network, query, files, **options)
-    if proof is not None:
-        answer.about["certificate"] = proof.json()
-        if certificate is not None and proof.data is not None:
-            certificate.write_bytes(proof.data)
-    return decision
+        return decide(network, query, progress=_told, **options), None
+    return decide_strictly(network, query, files, progress=_told, **options)
+
+
+def _kept(answer: _Answer, proof: Certified | None, certificate: Path | None) -> None:
+    """What is said of the certificate, and the file."""
+    answer.about["certificate"] = None if proof is None else proof.json()
+    if certificate is not None and proof is not None and proof.data is not None:
+        write_atomically(certificate, proof.data)
 
 
 def _end(answer: _Answer) -> None:

@@ -74,6 +74,7 @@ def audit(
         ModelError, DataError: a check before measuring failed.
         CaptureError: the module cannot be captured.
         StoreMismatch: ``run`` belongs to another model, data, threat, cascade, seed or code.
+        StoreError: ``run`` cannot be written, or another process writes there.
         SoundnessError: two methods contradict each other.
         ValueError: an argument is out of range.
     """
@@ -114,12 +115,14 @@ def audit(
                 deployed, limit,
             )  # fmt: skip
             bracket, rows, stopped, cut = fold(job, stages, store)
+            mended = () if store is None else tuple(store.notes)
         adversarial = _predictions(network, bracket, checks.logits)
     earlier = sum(r.stored for r in rows)
     notes = (
         *checks.notes,
         *((runtime,) if isinstance(runtime, str) else ()),
         *((overlap.note(part.y, threat, positions),) if overlap else ()),
+        *mended,
         *((DEPLOYED.format(str(x.dtype).removeprefix("torch.")),) if deployed else ()),
     )
     return Audit(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from calipers.errors import DataError, StoreMismatch
+from calipers.evaluate.store import record_of
 
 QUERY = "SELECT stage, example, lower, upper, seconds, work FROM unit ORDER BY example"
 VERDICTS = ("robust", "vulnerable", "unknown")
@@ -49,12 +50,19 @@ class Total(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A run directory of an audit."""
+    """A run directory of an audit.
+
+    Args:
+        starts: when and where it was begun and gone on with.
+        failures: (stage, example, reason) of each unit without a result.
+    """
 
     directory: Path
     identity: dict[str, Any]
     records: tuple[Record, ...]
     stages: tuple[Total, ...]
+    starts: tuple[Any, ...] = ()
+    failures: tuple[tuple[str, int, str], ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -70,7 +78,7 @@ def read(directory: str | Path) -> Stored:
         StoreMismatch: its results are damaged, or being written.
     """
     directory = Path(directory)
-    identity = _identity(directory)
+    identity, starts = _record(directory)
     file = directory / "run.sqlite"
     if identity is None or not file.is_file():
         raise DataError(
@@ -80,6 +88,7 @@ def read(directory: str | Path) -> Stored:
         connection = sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)
         try:
             units = connection.execute(QUERY).fetchall()
+            failures = _failures(connection)
         finally:
             connection.close()
     except sqlite3.DatabaseError as error:
@@ -99,7 +108,23 @@ def read(directory: str | Path) -> Stored:
         records[example] = _met(known, stage, lower, upper, seconds, work)
         total = totals.get(stage, Total(stage, 0, 0.0, 0.0))
         totals[stage] = Total(stage, total.examples + 1, total.seconds + seconds, total.work + work)
-    return Stored(directory, identity, tuple(records.values()), tuple(totals.values()))
+    return Stored(
+        directory,
+        identity,
+        tuple(records.values()),
+        tuple(totals.values()),
+        tuple(starts),
+        tuple(failures),
+    )
+
+
+def _failures(connection: sqlite3.Connection) -> list[tuple[str, int, str]]:
+    """Empty for runs of versions that did not note them."""
+    if ("failure",) not in connection.execute("SELECT name FROM sqlite_master").fetchall():
+        return []
+    return connection.execute(
+        "SELECT stage, example, reason FROM failure ORDER BY stage, example"
+    ).fetchall()
 
 
 def _met(
@@ -121,12 +146,13 @@ def _met(
     )
 
 
-def _identity(directory: Path) -> dict[str, Any] | None:
+def _record(directory: Path) -> tuple[dict[str, Any] | None, list[Any]]:
     try:
         found = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return None, []
+    identity, starts, _ = record_of(found)
+    return (identity if isinstance(found, dict) else None), starts
 
 
 def find(root: str | Path) -> list[Path]:

@@ -14,6 +14,7 @@ from calipers.sets import ThreatModel
 from calipers.training import objectives
 from calipers.training.initialise import ibp_initialise
 from calipers.training.networks import gowal_medium, stretch, wong_small
+from calipers.training.objectives import Objective
 from calipers.training.run import Run
 from calipers.training.schedules import linear, one_cycle, smooth_ramp
 
@@ -22,10 +23,10 @@ PGD_50_10 = partial(attack, steps=50, step_size=1 / 30, restarts=10, random_star
 NETWORKS = {"small": wong_small, "stretch": stretch, "medium": gowal_medium}
 
 
-def _network(name: str) -> partial[nn.Sequential]:
+def _network(name: str, *, norm: bool) -> partial[nn.Sequential]:
     if name not in NETWORKS:
         raise unknown_name("network", name, NETWORKS)
-    return partial(NETWORKS[name], norm=True)
+    return partial(NETWORKS[name], norm=norm)
 
 
 def mnist_linf_0p1_ibp(
@@ -42,7 +43,7 @@ def mnist_linf_0p1_ibp(
 ) -> Run:
     """Certified at 0.1: interval bounds at a larger radius."""
     return _certified(
-        "mnist_linf_0p1_ibp", "0.1",
+        "mnist_linf_0p1_ibp", "0.1", minutes=11, expected="98.1 % clean, 96.3 % certified",
         epochs=epochs, ramp=ramp, train_eps=train_eps, weight=weight, l1=l1, lr=lr, batch=batch, network=network,
         seed=seed,
     )  # fmt: skip
@@ -81,12 +82,14 @@ def _certified(
     batch: int,
     network: str,
     seed: int,
+    minutes: float | None = None,
+    expected: str = "",
 ) -> Run:
     """Interval bounds with batch normalisation, Shi's initialisation and regulariser."""
     return Run(
         name=name,
         data="mnist",
-        model=_network(network),
+        model=_network(network, norm=True),
         threat=ThreatModel(math.inf, eps),
         objective=partial(objectives.ibp, weight=weight, regularise=0.5, eps_max=train_eps),
         eps=smooth_ramp(train_eps, end=ramp),
@@ -101,6 +104,9 @@ def _certified(
         attack=PGD_50_10,
         bounds=(interval, crown),
         seed=seed,
+        minutes=minutes,
+        hardware="one CPU core",
+        expected=expected,
         reference="Gowal et al. 2018; Shi et al. 2021",
     )
 
@@ -111,17 +117,56 @@ def mnist_linf_0p3_pgd(
     ramp: float = 3.0,
     steps: int = 7,
     step_size: float = 0.25,
+    weight: float = 1.0,
     lr: float = 2e-3,
     batch: int = 128,
+    network: str = "small",
     seed: int = 0,
 ) -> Run:
     """Empirically robust at 0.3: PGD from random starts, eps rising over the first epochs."""
+    objective = partial(objectives.pgd, steps=steps, step_size=step_size, weight=weight)
+    return _adversarial(
+        "mnist_linf_0p3_pgd", objective, epochs=epochs, ramp=ramp, lr=lr, batch=batch, network=network, seed=seed
+    )  # fmt: skip
+
+
+def mnist_linf_0p3_n_fgsm(
+    *,
+    epochs: int = 20,
+    ramp: float = 5.0,
+    noise: float = 1.0,
+    lr: float = 2e-3,
+    batch: int = 128,
+    network: str = "small",
+    seed: int = 0,
+) -> Run:
+    """Empirically robust at 0.3 by single steps from noisy examples; on to PGD should it overfit catastrophically."""
+    objective = partial(objectives.n_fgsm, noise=noise)
+    return _adversarial(
+        "mnist_linf_0p3_n_fgsm", objective, epochs=epochs, ramp=ramp, lr=lr, batch=batch, network=network, seed=seed,
+        fallback=partial(objectives.pgd, steps=3, step_size=0.5),
+    )  # fmt: skip
+
+
+def _adversarial(
+    name: str,
+    objective: Objective,
+    *,
+    epochs: int,
+    ramp: float,
+    lr: float,
+    batch: int,
+    network: str,
+    seed: int,
+    fallback: Objective | None = None,
+) -> Run:
     return Run(
-        name="mnist_linf_0p3_pgd",
+        name=name,
         data="mnist",
-        model=wong_small,
+        model=_network(network, norm=False),
         threat=ThreatModel(math.inf, "0.3"),
-        objective=partial(objectives.pgd, steps=steps, step_size=step_size),
+        objective=objective,
+        fallback=fallback,
         eps=linear(0.0, 0.3, end=ramp),
         lr=one_cycle(lr, epochs=epochs),
         epochs=epochs,
@@ -131,5 +176,5 @@ def mnist_linf_0p3_pgd(
         select="attacked",
         attack=PGD_50_10,
         seed=seed,
-        reference="Madry et al. 2018",
+        reference="Madry et al. 2018; de Jorge et al. 2022",
     )

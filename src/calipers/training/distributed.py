@@ -1,8 +1,9 @@
-"""Several processes, as torch's own launcher starts them: ``torchrun --nproc-per-node 2 -m calipers train RECIPE``.
+"""Several processes, as torch's own launcher starts them: ``torchrun --nproc-per-node 2 -m calipers.cli train RECIPE``.
 
 Every process has the whole data and takes its share of each joint batch, so that one step is the step that a single
 process would take: gradients are averaged over equal shares by `DistributedDataParallel` around a module whose
-``forward`` is the objective (attacks inside call the network itself, unwrapped).
+``forward`` is the objective (attacks inside call the network itself, unwrapped). Batch statistics are the joint batch's
+(`calipers.training.normalisation`); what is no mean over examples, Shi's regulariser, is averaged over the shares.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from calipers.errors import SolverError
 from calipers.training.linear_losses import Array, Loss, follow
 from calipers.training.linear_sets import Adversary, U, follow_norm, gamma
 
@@ -148,21 +149,36 @@ def _derive(problem: Problem, state: State) -> State:
 
 
 def _descend(problem: Problem, state: State, enough: float, limit: int) -> tuple[State, int]:
-    """Damped Newton steps until the expected decrease falls below ``enough``, or a model that separates is found."""
+    """Newton steps until the expected decrease falls below ``enough``, or a model that separates is found.
+
+    Steps are shortened, and damped where even short ones lead nowhere (at a kink that the Hessian does not see).
+    """
+    damping = 0.0
     for taken in range(limit):
-        move = _step(problem, state)
+        move = _step(problem, state, damping)
         drop = -float(state.slope @ move)
-        if drop <= enough or separates(problem, state):
+        if (drop <= enough and not damping) or separates(problem, state):
             return state, taken
-        full = trial = _evaluate(problem, state, state.point + move)
-        length = 1.0
-        while not trial.value <= state.value - 1e-4 * length * drop + 4 * U * abs(state.value):
-            length /= 2
-            if length < 1e-9:
-                return state, taken + 1
-            trial = _evaluate(problem, state, state.point + length * move)
-        state = _derive(problem, _aided(problem, state, trial, move, full.margin))
+        found = _search(problem, state, move, drop)
+        if found is None and damping > 1:
+            return state, taken + 1
+        damping = (
+            max(100 * damping, 1e-8) if found is None else damping / 10 if damping > 1e-9 else 0.0
+        )
+        state = state if found is None else found
     return state, limit
+
+
+def _search(problem: Problem, state: State, move: Array, drop: float) -> State | None:
+    """The first of the steps 1, 1/2, 1/4, ... that decreases the value enough."""
+    full = trial = _evaluate(problem, state, state.point + move)
+    length = 1.0
+    while not trial.value <= state.value - 1e-4 * length * drop + 4 * U * abs(state.value):
+        length /= 2
+        if length < 1e-6:
+            return None
+        trial = _evaluate(problem, state, state.point + length * move)
+    return _derive(problem, _aided(problem, state, trial, move, full.margin))
 
 
 def _polish(problem: Problem, state: State) -> tuple[State, int]:
@@ -184,8 +200,8 @@ def _aided(problem: Problem, state: State, trial: State, move: Array, margin: Ar
     return trial._replace(signs=signs, bends=bends)
 
 
-def _step(problem: Problem, state: State) -> Array:
-    """Newton's step, with as little damping as a factorisation needs."""
+def _step(problem: Problem, state: State, damping: float = 0.0) -> Array:
+    """Newton's step, with ``damping`` relative to the mean curvature, at least what a factorisation needs."""
     d = len(state.point) - 1
     _, weights, bends = problem.loss.smooth(state.margin, state.nu, state.bends)
     w = state.point[:d]
@@ -194,8 +210,8 @@ def _step(problem: Problem, state: State) -> Array:
     if not problem.intercept:
         curve[d, :] = curve[:, d] = 0.0
         curve[d, d] = 1.0
-    damp = 1e-14 * float(np.trace(curve)) / len(curve) + 1e-300
-    while True:
+    damp = (1e-14 + damping) * float(np.trace(curve)) / len(curve) + 1e-300
+    while damp < math.inf:
         try:
             factor = np.linalg.cholesky(curve + damp * np.eye(len(curve)))
         except np.linalg.LinAlgError:
@@ -203,6 +219,7 @@ def _step(problem: Problem, state: State) -> Array:
             continue
         found: Array = np.linalg.solve(factor.T, np.linalg.solve(factor, -state.slope))
         return found
+    raise SolverError("X: the values are too large or too small for float64; rescale the features")
 
 
 def separates(problem: Problem, state: State) -> bool:

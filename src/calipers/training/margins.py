@@ -39,9 +39,11 @@ Bound = Callable[[View, Region, Spec], Certified]
 def begin(view: View, region: Region) -> State:
     """A computation over the regions, with the view's parameters bound."""
     with view.evaluating():
-        return start(
+        state = start(
             view.network, region, dtype=None, rigorous=False, memory=None, statistics=view.values
         )
+    state.whole = True
+    return state
 
 
 def interval(view: View, region: Region, spec: Spec, *, shrink: float = 1.0) -> Certified:

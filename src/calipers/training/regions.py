@@ -36,30 +36,30 @@ def around(threat: ThreatModel, x: Tensor) -> Region:
     For linf they are boxes in the dtype of ``x`` whose radius is smaller by a few units in the last place, so that no
     rounding leads out; bounds over them are for training, never for a verdict. Other sets are `ThreatModel.around`'s.
     """
-    if threat.p != math.inf or threat.grid is not None or threat.mask is not None:
+    low, high = (_inside(end, x, way) for end, way in ((threat.lower, 1), (threat.upper, -1)))
+    plain = threat.p == math.inf and threat.grid is None and threat.mask is None
+    if not plain or isinstance(threat.eps, Tensor) or low is None or high is None:
         return threat.around(x)
-    if isinstance(threat.eps, Tensor) or isinstance(threat.lower, Tensor | str):
+    eps = radius(threat)
+    if not math.isfinite(eps):
         return threat.around(x)
-    if isinstance(threat.upper, Tensor | str):
-        return threat.around(x)
-    eps, low, high = (
-        radius(threat),
-        _inside(threat.lower, x, math.inf),
-        _inside(threat.upper, x, -math.inf),
-    )
-    size = max(abs(low), abs(high))
-    if not math.isfinite(size) or not math.isfinite(eps):
-        return threat.around(x)
+    bounded = math.isfinite(low) and math.isfinite(high)
+    size = max(abs(low), abs(high)) if bounded else float(x.abs().amax())
     eps = max(0.0, eps - 2 * torch.finfo(x.dtype).eps * (size + eps))
     return box((x - eps).clamp_min(low), (x + eps).clamp_max(high), x, eps)
 
 
-def _inside(bound: Number, x: Tensor, towards: float) -> float:
-    """A domain's bound in the dtype of ``x``, rounded inwards."""
-    value = float(exact(bound))
-    near = torch.tensor(value, dtype=x.dtype)
-    if (float(near) - value) * towards < 0:
-        near = torch.nextafter(near, torch.tensor(towards, dtype=x.dtype))
+def _inside(bound: Number | Tensor, x: Tensor, way: int) -> float | None:
+    """A domain's bound in the dtype of ``x``, rounded inwards (up for ``way`` 1), infinite where there is none; None
+    for a tensor."""
+    if isinstance(bound, Tensor):
+        return None
+    if isinstance(bound, float) and math.isinf(bound):
+        return bound
+    value = exact(bound)
+    near = torch.tensor(float(value), dtype=x.dtype)
+    if (Fraction(float(near)) - value) * way < 0:
+        near = torch.nextafter(near, torch.tensor(way * math.inf, dtype=x.dtype))
     return float(near)
 
 
