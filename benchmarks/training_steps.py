@@ -1,6 +1,6 @@
 """What a training step costs, relative to a standard step (forward, backward, Adam), in one run on one thread.
 
-    python benchmarks/training_steps.py [--batch 256] [--rounds 15]
+    python benchmarks/training_steps.py [--batch 256] [--rounds 15] [--networks NAME ...] [--quick]
 
 The steps of all objectives take turns, so that all see the same machine; medians of CPU time are compared.
 """
@@ -72,10 +72,15 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--quick", action="store_true", help="only objectives with a goal")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for name, build in NETWORKS.items():
-        steps = {k: stepper(build, f, arguments.batch) for k, f in OBJECTIVES.items()}
+    chosen = {
+        k: f for k, f in OBJECTIVES.items() if k in GOALS or k == "standard" or not arguments.quick
+    }
+    for name in arguments.networks:
+        steps = {k: stepper(NETWORKS[name], f, arguments.batch) for k, f in chosen.items()}
         seconds: dict[str, list[float]] = {k: [] for k in steps}
         for _ in range(arguments.rounds + 1):
             for key, step in steps.items():
@@ -83,7 +88,10 @@ def main() -> None:
                 step()
                 seconds[key].append(time.process_time() - begin)
         costs = {k: median(v[1:]) for k, v in seconds.items()}
-        print(f"{name}, batch {arguments.batch}: standard {1e3 * costs['standard']:.1f} ms")
+        print(
+            f"{name}, batch {arguments.batch}: standard {1e3 * costs['standard']:.1f} ms",
+            flush=True,
+        )
         for key, cost in costs.items():
             ratio, goal = cost / costs["standard"], GOALS.get(key)
             print(f"  {key:24s} {ratio:6.2f}{f'   goal {goal:.2f}' if goal else ''}")

@@ -274,6 +274,41 @@ def test_no_certificate_is_accepted_where_a_counterexample_is_planted(
             assert not accepts(case, case.write(random_certificate(rng, layers, splits)))
 
 
+def test_every_clause_of_a_tree_is_proved(tmp_path: Path) -> None:
+    """One clause is proved at once, the other nowhere near its counterexample."""
+    layers = random_layers(3)
+    top = maximum(layers, [-1, -1], [1, 1])
+    for easy, hard in ((0, 1), (1, 0)):
+        gap = {easy: 50.0, hard: -0.01}
+        text = query(
+            [-1.0, -1.0], [1.0, 1.0], 1, f"(or (>= Y_0 {top + gap[0]}) (>= Y_0 {top + gap[1]}))"
+        )
+        case = Case(tmp_path, mlp(layers), text)
+        for depth in (0, 1, 6):
+            arrays = bisected(depth) | {"0/bounds": CROWN, "0/proof": CROWN, "0/trim": U8([1])}
+            for trees in ([{"clauses": [0, 1]}], [{"clauses": [1, 0]}]):
+                assert not accepts(case, case.write(arrays, trees))
+            with pytest.raises(Refused, match=f"clause {hard} is in no tree"):
+                check(case.write(arrays, [{"clauses": [easy]}]), case.network, case.prop)
+
+
+def test_the_maximum_of_a_window_is_not_that_of_its_best_known_element(tmp_path: Path) -> None:
+    """One element is at least 0, another reaches further."""
+    data = onnx_bytes(
+        [helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[2, 2])],
+        {},
+        (1, 1, 2, 2),
+        (1, 1, 1, 1),
+    )
+    low, high = [0.0, -1.0, -1.0, -1.0], [0.5, 1.0, 0.25, -0.5]
+    arrays = {"0/bounds": CROWN, "0/proof": CROWN}
+    for unsafe, expected in (
+        ("(>= Y_0 1.0)", False), ("(>= Y_0 1.001)", True), ("(<= Y_0 0.0)", False), ("(<= Y_0 -0.001)", True)
+    ):  # fmt: skip
+        case = Case(tmp_path, data, query(low, high, 1, unsafe))
+        assert accepts(case, case.write(arrays)) is expected
+
+
 def test_random_certificates_are_accepted_where_there_is_room(tmp_path: Path) -> None:
     """So the test above does not refuse for want of form."""
     rng = np.random.default_rng(1)
@@ -299,6 +334,22 @@ def test_cancelling_weights_are_never_certified_and_their_absence_is(tmp_path: P
     # the rationals see what floats cannot
     case = Case(tmp_path, mlp(layers), query([-1.0], [1.0], 1, "(>= Y_0 1.25)"))
     assert accepts(case, case.write(arrays))
+
+
+def test_long_sums_lose_what_their_length_allows(tmp_path: Path) -> None:
+    """1 + n·2^-53 sums to about 1 in floats: each term is half a unit in the last place of the first."""
+    n = 20_000
+    first = np.full((n, 1), 2.0**-53, np.float32)
+    first[0] = 1.0
+    layers = [
+        (first, np.zeros(n, np.float32)),
+        (np.ones((1, n), np.float32), np.zeros(1, np.float32)),
+    ]
+    arrays = {"0/bounds": U8([1]), "0/proof": CROWN}
+    for more, expected in ((-3, False), (10 * n, True)):
+        threshold = 1 + (n - 1 + more) * 2.0**-53
+        case = Case(tmp_path, mlp(layers), query([1.0], [1.0], 1, f"(>= Y_0 {threshold!r})"))
+        assert accepts(case, case.write(arrays)) is expected
 
 
 def test_sums_whose_order_matters_count_as_real_sums(tmp_path: Path) -> None:

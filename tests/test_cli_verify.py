@@ -183,7 +183,7 @@ def test_a_crash_is_unknown(run, folder: Path, monkeypatch) -> None:
     def crash(*_, **__):
         raise AttributeError("a bug")
 
-    monkeypatch.setattr(verifying, "decide", crash)
+    monkeypatch.setattr(verifying, "decide_strictly", crash)
     code, out, err = run("verify", folder / "net.onnx", folder / "unsat.vnnlib")
     assert (code, out) == (3, "unknown\n")
     assert "AttributeError: a bug (exit code 3)" in err
@@ -193,7 +193,7 @@ def test_ctrl_c_is_unknown(run, folder: Path, monkeypatch) -> None:
     def press(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verifying, "decide", press)
+    monkeypatch.setattr(verifying, "decide_strictly", press)
     code, out, _ = run("verify", folder / "net.onnx", folder / "unsat.vnnlib")
     assert (code, out) == (130, "unknown\n")
 
@@ -211,7 +211,7 @@ def test_one_long_step_does_not_outlast_the_limit(folder: Path) -> None:
         "import signal, sys, time\nfrom calipers.cli import verifying, main\n"
         "def hang(*a, **k):\n"
         "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n    time.sleep(60)\n"
-        "verifying.decide = hang\n"
+        "verifying.decide_strictly = hang\n"
         f"sys.argv = ['calipers', 'verify', {str(folder / 'net.onnx')!r}, {str(folder / 'sat.vnnlib')!r},"
         " '--timeout', '0.5']\nmain()\n"
     )

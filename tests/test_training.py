@@ -275,7 +275,7 @@ def collapse(network, x, y, threat, *, seeds):
     return loss._replace(measures={**loss.measures, "attacked": torch.ones(())})
 
 
-def test_catastrophic_overfitting_rolls_back_and_changes(tmp_path):
+def test_catastrophic_overfitting_rolls_back_and_changes(tmp_path, monkeypatch):
     rising = piecewise((0, 0.01), (3, 0.01), (3, 0.05))
     run = small(objective=collapse, fallback=fgsm, eps=rising, epochs=6)
     said = []
@@ -285,6 +285,17 @@ def test_catastrophic_overfitting_rolls_back_and_changes(tmp_path):
     assert any("back to epoch 3" in s.message for s in said)
     assert [r["epoch"] for r in result.history] == [1, 2, 3, 4, 5, 6]
     assert result.test.clean > 400
+    whole = weights(result)
+
+    def killed(status):  # in the epoch that will have to be undone
+        if status.phase == "train" and status.done == 10 * 3 + 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, directory=tmp_path / "again", progress=killed)
+    again = weights(train(run, directory=tmp_path / "again"))
+    assert all(torch.equal(v, again[k]) for k, v in whole.items())
     stuck = train(small(objective=collapse, eps=rising, epochs=6))
     assert stuck.test.clean < 100
 

@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 
@@ -163,6 +164,31 @@ def test_a_log_drops_what_came_after_the_checkpoint_and_what_was_cut(tmp_path):
         Log(None, tensorboard=True)
 
 
+def test_tensorboard_gets_the_numbers_and_its_absence_is_said(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder):
+            seen.append(folder)
+
+        def add_scalar(self, *entry):
+            seen.append(entry)
+
+        def flush(self):
+            pass
+
+    def absent(name):
+        raise ImportError(name)
+
+    module = type("module", (), {"SummaryWriter": Writer})
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+    Log(tmp_path, tensorboard=True).write({"step": 3, "loss": 0.5, "finding": "chance"})
+    assert seen == [str(tmp_path / "tensorboard"), ("step", 3, 3), ("loss", 0.5, 3)]
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        Log(tmp_path, tensorboard=True)
+
+
 # -- health ------------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +208,7 @@ def test_the_monitor_sees_what_it_should():
     nothing = {"valid_certified": 0.0}
     assert kinds(nothing, nothing) == ["uncertified"]
     assert kinds(nothing, nothing, full=False) == []
+    assert kinds(nothing, {}, nothing, {}) == ["uncertified"]  # measured every other epoch
     assert kinds(nothing, {"valid_certified": 0.2}) == []
     assert kinds(*({"unstable": u} for u in (0.1, 0.12, 0.2))) == ["unstable"]
     assert kinds(*({"unstable": u} for u in (0.01, 0.02, 0.04))) == []

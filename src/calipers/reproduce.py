@@ -237,11 +237,11 @@ def attacked(
     return _rate(broken(m, m.rows(stride), name, threat, attack))
 
 
-def attacked_near(m: Material, name: str, attack: Callable[..., Tensor]) -> Measured:
-    """Where few images break, a fast run attacks the 500 nearest to failure; the others could only add."""
+def attacked_near(m: Material, name: str, attack: Callable[..., Tensor], near: int) -> Measured:
+    """Where few images break, a fast run attacks the ``near`` nearest to failure; the others could only add."""
     rows = torch.arange(len(m.mnist))
     if m.fast:
-        rows = _margins(m, name).argsort()[:500].sort().values
+        rows = _margins(m, name).argsort()[:near].sort().values
     return _rate(broken(m, rows, name, linf(0.1), attack), len(m.mnist))
 
 
@@ -384,7 +384,7 @@ def _attacked(
     if stride:
         measure = partial(attacked, name=net, threat=around, attack=attack, stride=stride)
     else:
-        measure = partial(attacked_near, name=net, attack=attack)
+        measure = partial(attacked_near, name=net, attack=attack, near=int(20_000 * printed))
     return Claim(section, f"{net}: {what}", (printed,), measure, tolerance, may_exceed=True)
 
 

@@ -19,6 +19,7 @@ from calipers_check.errors import Refused
 from calipers_check.layers import RATIONAL, Affine, Array, Dense, Kink, Maximum, Network
 from calipers_check.smooth import image as smooth_image
 from calipers_check.smooth import lines as smooth_lines
+from calipers_check.vnnlib import Ball
 
 U = 2.0**-53
 TINY = 1e-290  # more than any sum of underflows
@@ -108,11 +109,20 @@ class Engine:
 
     Args:
         deadline: of `time.monotonic`.
+        ball: which the inputs also lie in.
     """
 
     def __init__(
-        self, network: Network, lower: Array, upper: Array, *, exact: bool, deadline: float
+        self,
+        network: Network,
+        lower: Array,
+        upper: Array,
+        *,
+        exact: bool,
+        deadline: float,
+        ball: Ball | None = None,
     ) -> None:
+        self.ball = ball
         self.network, self.exact, self.deadline = network, exact, deadline
         self.steps: list[Any] = [s.exact() if exact else s for s in network.steps]
         self.u: float = 0 if exact else U
@@ -391,7 +401,20 @@ class Engine:
         radius = radius + (4 * self.u * radius + self.tiny)
         G = planes.G
         middle, radius = _own(middle, owner), _own(radius, owner)
-        return planes.c + (_dot(G, middle) - _dot(np.abs(G), radius))
+        found = planes.c + (_dot(G, middle) - _dot(np.abs(G), radius))
+        if self.ball is None or self.exact:
+            return found
+        return np.fmax(found, self._over_ball(self.ball, planes))
+
+    @staticmethod
+    def _over_ball(ball: Ball, planes: Planes) -> Any:
+        """c + G·center − eps·|G|, in the dual norm, rounded down."""
+        G, n = planes.G, len(ball.center)
+        norm = np.abs(G).max(1)
+        if ball.p == 2:  # the room is for squares that underflow
+            norm = np.sqrt((G * G).sum(1)) * (1 + gamma(n + 4)) + n * 1e-150
+        size = np.abs(G) @ np.abs(ball.center) + ball.eps * norm + np.abs(planes.c)
+        return planes.c + G @ ball.center - ball.eps * norm - (2 * gamma(n + 8) * size + TINY)
 
     # -- rows -------------------------------------------------------------------------------------------------------
 
@@ -413,7 +436,7 @@ class Engine:
     def crown(self, view: View, k: int) -> None:
         """Improve what is known of the operand of k by backward substitution, where it is not linear."""
         value = self.steps[k].sources[0]
-        if self.sharp[value]:
+        if self.sharp[value] and self.ball is None:
             return
         owner, element = np.nonzero(self.free(k, view))
         for part in self.chunks(len(owner), 2):

@@ -16,9 +16,9 @@ from calipers_check.errors import Refused, Unusable
 from calipers_check.layers import Array, Network
 from calipers_check.prove import Budget, Goal, Proof, Root, bare_root
 from calipers_check.tree import NAMES, Tree
-from calipers_check.vnnlib import Clause
+from calipers_check.vnnlib import Ball, Clause
 
-INLINE = ("lower", "upper", "C", "d", "clause")
+INLINE = ("lower", "upper", "center", "eps", "C", "d", "clause")
 
 
 class Accepted(NamedTuple):
@@ -123,25 +123,31 @@ def _property(
 
 def _inline(entry: Any, arrays: Mapping[str, Array]) -> tuple[list[Clause], str]:
     _expect(entry, {"inline", "p"})
-    if entry["inline"] is not True or entry["p"] != "inf":
-        raise Refused("property: only boxes can be written into a certificate")
-    if set(arrays) != {f"property/{name}" for name in INLINE}:
-        raise Refused(f"property: expected the arrays {', '.join(INLINE)}")
-    lower, upper, C, d, clause = (arrays[f"property/{name}"] for name in INLINE)
-    shapes = lower.ndim == 1 and C.ndim == 2 and clause.ndim == d.ndim == 1
-    if not shapes or lower.shape != upper.shape or not len(C) == len(d) == len(clause) > 0:
-        raise Refused("property: arrays of shapes that do not fit")
-    if any(v.dtype != np.float64 or not np.isfinite(v).all() for v in (lower, upper, C, d)):
+    if entry["inline"] is not True or entry["p"] not in ("1", "2", "inf"):
+        raise Refused("property: p must be 1, 2 or inf, as a text")
+    round_ = entry["p"] != "inf"
+    names = [n for n in INLINE if round_ or n not in ("center", "eps")]
+    if set(arrays) != {f"property/{name}" for name in names}:
+        raise Refused(f"property: expected the arrays {', '.join(names)}")
+    own = {name: arrays[f"property/{name}"] for name in names}
+    numbers = [v for name, v in own.items() if name != "clause"]
+    if any(v.dtype != np.float64 or not np.isfinite(v).all() for v in numbers):
         raise Refused("property: expected finite float64 numbers")
-    if (
-        clause.dtype.kind not in "iu"
-        or clause[0]
-        or not np.isin(np.diff(clause.astype(int)), [0, 1]).all()
-    ):
+    lower, C, d, clause = (own[name] for name in ("lower", "C", "d", "clause"))
+    fits = all(v.ndim == 1 for n, v in own.items() if n != "C") and C.ndim == 2
+    sides = [own[name] for name in ("upper", "center") if name in own]
+    fits = fits and all(v.shape == lower.shape for v in sides)
+    if not fits or not len(C) == len(d) == len(clause) > 0 or (round_ and len(own["eps"]) != 1):
+        raise Refused("property: arrays of shapes that do not fit")
+    steps = np.diff(clause.astype(np.int64), prepend=0)
+    if clause.dtype.kind not in "iu" or clause[0] or not np.isin(steps, [0, 1]).all():
         raise Refused("property: clauses are not numbered in order")
-    digest = hashlib.sha256(b"".join(arrays[f"property/{n}"].tobytes() for n in INLINE)).hexdigest()
-    numbers = range(int(clause[-1]) + 1)
-    return [Clause(lower, upper, C[clause == c], d[clause == c]) for c in numbers], digest
+    ball = Ball(own["center"], float(own["eps"][0]), int(entry["p"])) if round_ else None
+    if ball is not None and ball.eps < 0:
+        raise Refused("property: a negative radius")
+    digest = hashlib.sha256(b"".join(v.tobytes() for v in own.values())).hexdigest()
+    of = [clause == c for c in range(int(clause[-1]) + 1)]
+    return [Clause(lower, own["upper"], C[c], d[c], False, ball) for c in of], digest
 
 
 # -- trees ----------------------------------------------------------------------------------------------------
@@ -174,7 +180,9 @@ def _prove(
             lower = np.min([clauses[c].lower for c in wanted], 0)
             upper = np.max([clauses[c].upper for c in wanted], 0)
             root = (
-                roots[base][0] if base is not None else bare_root(network, lower, upper, deadline)
+                roots[base][0]
+                if base is not None
+                else bare_root(network, lower, upper, deadline, clauses[wanted[0]].ball)
             )
             box = root.view
             if not (np.array_equal(box.lower[0], lower) and np.array_equal(box.upper[0], upper)):

@@ -12,7 +12,7 @@ from calipers_check.bounds import Choices, Engine, Planes, Pushes, Rows, U, View
 from calipers_check.errors import Refused
 from calipers_check.layers import Array, Network, Scale, Smooth
 from calipers_check.tree import Tree
-from calipers_check.vnnlib import Clause
+from calipers_check.vnnlib import Ball, Clause
 
 BATCH = 256  # nodes at once, at most
 EXACT = 1 << 19  # multiplications of rationals that all of a certificate's nodes may take
@@ -511,6 +511,8 @@ def _taken(stack: list[Open], count: int) -> Open:
     )
 
 
-def bare_root(network: Network, lower: Array, upper: Array, deadline: float) -> Root:
-    engine = Engine(network, lower, upper, exact=False, deadline=deadline)
+def bare_root(
+    network: Network, lower: Array, upper: Array, deadline: float, ball: Ball | None = None
+) -> Root:
+    engine = Engine(network, lower, upper, exact=False, deadline=deadline, ball=ball)
     return Root(engine, engine.root)

@@ -29,14 +29,24 @@ _RELATIONS = {"<=": (1,), "<": (1,), ">=": (-1,), ">": (-1,), "=": (1, -1), "=="
 Form = dict[int, Fraction]  # coefficients of variables: inputs i, outputs ~j
 
 
+class Ball(NamedTuple):
+    """All x with |x − center| at most eps, in the norm 1 or 2."""
+
+    center: np.ndarray
+    eps: float
+    p: int
+
+
 class Clause(NamedTuple):
-    """On the box at least one functional C y + d must be positive; an empty box (``void``) needs nothing."""
+    """On the box, and in the ball, at least one functional C y + d must be positive; an empty box (``void``) needs
+    nothing."""
 
     lower: np.ndarray
     upper: np.ndarray
     C: np.ndarray
     d: np.ndarray
     void: bool = False
+    ball: Ball | None = None
 
 
 class Linear(NamedTuple):

@@ -20,9 +20,10 @@ from calipers.cli.options import writable
 from calipers.errors import CalipersError, NoInputs, SpecError
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.queries import read
-from calipers.evaluate.strict import decide_strictly
+from calipers.evaluate.strict import Certified, decide_strictly
 from calipers.evaluate.verify import Decision, decide
 from calipers.files import write_atomically
+from calipers.graph.graph import Network
 from calipers.graph.onnx_file import write_tensor
 from calipers.vnnlib import Query, format_assignment
 
@@ -107,6 +108,8 @@ def verify(
         writable("--json", json_file.absolute())
     if certificate is not None:
         writable("--certificate", certificate.absolute())
+        if fast:
+            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
     answer = _Answer(
         json_file, folder, {"calipers": __version__, "files": [Path(f).name for f in files]}
     )
@@ -121,26 +124,16 @@ def verify(
             watchdog = threading.Timer(left + GRACE, _end, (answer,))
             watchdog.daemon = True
             watchdog.start()
-        if fast and certificate is not None:
-            raise ValueError("--fast makes no certificate; leave it out, or --certificate")
         network, query = read(model, path, name)
         left = seconds - (time.perf_counter() - begin)
         if left <= 0:
             decision = Decision("timed-out", "time was up before query and network were read")
-        elif fast:
-            decision = decide(
-                network, query, seconds=left, memory=limit, exact=exact, real=real, seed=seed,
-                progress=_told,
-            )  # fmt: skip
-            answer.about["certificate"] = None
         else:
-            decision, proof = decide_strictly(
-                network, query, (Path(model), Path(path)), seconds=left, memory=limit, exact=exact,
-                real=real, seed=seed, progress=_told,
+            decision, proof = _decided(
+                network, query, (Path(model), Path(path)), fast=fast, seconds=left, memory=limit,
+                exact=exact, real=real, seed=seed,
             )  # fmt: skip
-            answer.about["certificate"] = None if proof is None else proof.json()
-            if certificate is not None and proof is not None and proof.data is not None:
-                certificate.write_bytes(proof.data)
+            _kept(answer, proof, certificate)
     except NoInputs as error:
         return answer.give(Decision("unsat", str(error), "reader"))
     except (CalipersError, ValueError, OSError) as error:
@@ -156,6 +149,22 @@ def verify(
         if watchdog is not None:
             watchdog.cancel()
     return answer.give(decision, query)
+
+
+def _decided(
+    network: Network, query: Query, files: tuple[Path, Path], *, fast: bool, **options: Any
+) -> tuple[Decision, Certified | None]:
+    """By the search's word alone, or with a certificate."""
+    if fast:
+        return decide(network, query, progress=_told, **options), None
+    return decide_strictly(network, query, files, progress=_told, **options)
+
+
+def _kept(answer: _Answer, proof: Certified | None, certificate: Path | None) -> None:
+    """What is said of the certificate, and the file."""
+    answer.about["certificate"] = None if proof is None else proof.json()
+    if certificate is not None and proof is not None and proof.data is not None:
+        write_atomically(certificate, proof.data)
 
 
 def _end(answer: _Answer) -> None:

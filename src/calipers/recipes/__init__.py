@@ -122,6 +122,12 @@ def catalogue() -> list[Row]:
     return [_row(name, recipe) for name, recipe in RECIPES.items()]
 
 
+def markdown() -> str:
+    """The catalogue as a table of ``docs/recipes.md``."""
+    lines = [Row._fields, ["---"] * len(Row._fields), *catalogue()]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def _row(name: str, recipe: Recipe) -> Row:
     run = recipe()
     minutes = "" if run.minutes is None else f"{run.minutes:g} min on {run.hardware}"

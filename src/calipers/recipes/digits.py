@@ -19,6 +19,19 @@ from calipers.zoo import mlp
 
 EPS = 0.1
 NETWORK = partial(mlp, 64, 64, 32, 10)
+# clean, under PGD-50x10, certified (interval, then CROWN), in per cent of 500 test images, with seed 0
+MEASURED = {
+    "digits_standard": (97.8, 34.8, 12.2),
+    "digits_pgd": (98.2, 83.2, 60.6),
+    "digits_trades": (96.8, 82.8, 65.8),
+    "digits_fgsm_rs": (98.8, 81.8, 53.2),
+    "digits_n_fgsm": (97.2, 83.8, 61.8),
+    "digits_free": (97.8, 80.4, 51.6),
+    "digits_ibp": (95.4, 77.0, 75.4),
+    "digits_crown_ibp": (96.4, 74.2, 72.8),
+    "digits_mtl_ibp": (97.0, 79.6, 77.0),
+    "digits_sabr": (96.2, 80.4, 74.4),
+}
 
 
 def _digits(
@@ -45,6 +58,9 @@ def _digits(
         "attack": partial(attack, steps=50, step_size=0.05, restarts=10, random_start=True),
         "bounds": (interval, crown),
         "seed": seed,
+        "minutes": 0.2,
+        "hardware": "one CPU core",
+        "expected": "{} % clean, {} % under attack, {} % certified".format(*MEASURED[name]),
     }
     return Run(**{**given, **more})
 

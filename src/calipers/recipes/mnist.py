@@ -43,7 +43,7 @@ def mnist_linf_0p1_ibp(
 ) -> Run:
     """Certified at 0.1: interval bounds at a larger radius."""
     return _certified(
-        "mnist_linf_0p1_ibp", "0.1",
+        "mnist_linf_0p1_ibp", "0.1", minutes=11, expected="98.1 % clean, 96.3 % certified",
         epochs=epochs, ramp=ramp, train_eps=train_eps, weight=weight, l1=l1, lr=lr, batch=batch, network=network,
         seed=seed,
     )  # fmt: skip
@@ -82,6 +82,8 @@ def _certified(
     batch: int,
     network: str,
     seed: int,
+    minutes: float | None = None,
+    expected: str = "",
 ) -> Run:
     """Interval bounds with batch normalisation, Shi's initialisation and regulariser."""
     return Run(
@@ -102,6 +104,9 @@ def _certified(
         attack=PGD_50_10,
         bounds=(interval, crown),
         seed=seed,
+        minutes=minutes,
+        hardware="one CPU core",
+        expected=expected,
         reference="Gowal et al. 2018; Shi et al. 2021",
     )
 

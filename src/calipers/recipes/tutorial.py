@@ -7,6 +7,7 @@ verified, .0779 under PGD-40.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 from torch.optim import SGD
@@ -24,6 +25,7 @@ EPS = 0.1
 RISE = (0.0, 0.0001, 0.001, 0.01, 0.01, 0.05, 0.05, 0.05, 0.05, 0.05)
 PGD_20 = partial(attack, steps=20, step_size=0.1)
 PGD_40 = partial(attack, steps=40, step_size=0.1)
+ESTIMATED = "one CPU core (estimated from a few steps)"
 REFERENCE = "Kolter and Madry, Adversarial Robustness: Theory and Practice, chapter 4"
 
 
@@ -42,6 +44,8 @@ def tutorial_standard(*, epochs: int = 10, batch: int = 100, lr: float = 0.1, se
         optimiser=SGD,
         attack=PGD_20,
         seed=seed,
+        minutes=8,
+        hardware=ESTIMATED,
         expected=".0106 clean error, .7083 under PGD-20 (published)",
         reference=REFERENCE,
     )
@@ -78,6 +82,8 @@ def tutorial_pgd(
         optimiser=SGD,
         attack=PGD_20,
         seed=seed,
+        minutes=111,
+        hardware=ESTIMATED,
         expected=".0085 clean error, .0283 under PGD-20 (published)",
         reference=REFERENCE,
     )
@@ -100,6 +106,8 @@ def tutorial_ibp(
         optimiser=SGD,
         attack=PGD_40,
         seed=seed,
+        minutes=32,
+        hardware=ESTIMATED,
         expected=".0515 clean error, .0967 verified, .0779 under PGD-40 (published)",
         reference=REFERENCE,
     )
@@ -108,5 +116,8 @@ def tutorial_ibp(
 def tutorial_ibp_collapse(
     *, epochs: int = 3, batch: int = 100, lr: float = 0.1, seed: int = 0
 ) -> Run:
-    """The same without the schedule: it never learns, and the health monitor says so."""
-    return tutorial_ibp(epochs=epochs, batch=batch, lr=lr, schedule=False, seed=seed)
+    """`tutorial_ibp` without its schedule: it never learns, and the health monitor says so."""
+    run = tutorial_ibp(epochs=epochs, batch=batch, lr=lr, schedule=False, seed=seed)
+    return replace(
+        run, name="tutorial_ibp_collapse", minutes=4, expected="the accuracy of guessing"
+    )

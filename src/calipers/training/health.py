@@ -60,9 +60,8 @@ def overfitting(history: History, classes: int, *, full: bool) -> Finding | None
 
 def uncertified(history: History, classes: int, *, full: bool) -> Finding | None:  # noqa: ARG001
     """Nothing is certified although the radius is the full one."""
-    recent = history[-PATIENCE:]
-    stuck = len(recent) == PATIENCE and all(r.get("valid_certified", 1) < 1e-3 for r in recent)
-    if not full or not stuck:
+    shares = [r["valid_certified"] for r in history if "valid_certified" in r and r.get("full")]
+    if not full or len(shares) < PATIENCE or max(shares[-PATIENCE:]) >= 1e-3:
         return None
     return Finding(
         "uncertified",

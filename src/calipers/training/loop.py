@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from calipers import __version__
 from calipers.attacks import pgd
 from calipers.bounds import interval
 from calipers.data import SIZES, SOURCES, Data, checked, load
@@ -81,6 +84,13 @@ class Trained:
             "parameters": sum(p.numel() for p in self.network.module.parameters()),
             "seconds": round(self.seconds, 3),
             "findings": [f._asdict() for f in self.findings],
+            "on": {
+                "calipers": __version__,
+                "torch": torch.__version__,
+                "threads": torch.get_num_threads(),
+                "device": self.network.device.type,
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            },
         }
 
 
@@ -138,8 +148,9 @@ def train(
         if keep is not None:
             write_atomically(keep / "run.json", json.dumps(identity, indent=2) + "\n")
         log = Log(keep, step=session.step, tensorboard=tensorboard and processes.first)
+        earlier = _earlier(where) if session.finished else None
         _epochs(session, log, say, keep, identity)
-        return _finish(session, test, keep, say)
+        return _finish(session, test, keep, say, earlier)
 
 
 # -- setting up --------------------------------------------------------------------------------------------------------
@@ -275,7 +286,10 @@ def _epochs(
             now = time.perf_counter()
             session.seconds, begin = session.seconds + now - begin, now
             good = snapshot(session) if good is not None else None
-        if directory is not None and (at_end or now - saved > SAVE_EVERY):
+        between = now - saved > SAVE_EVERY and (
+            good is None or session.fallen
+        )  # else it may have to go back
+        if directory is not None and (at_end or between):
             checkpoints.save(directory / checkpoints.FILE, identity, state_of(session))
             saved = time.perf_counter()
 
@@ -363,9 +377,17 @@ def _status(session: Session, phase: str, message: str = "") -> Status:
 
 
 def _finish(
-    session: Session, test: Data | None, directory: Path | None, say: Callable[[Status], None]
+    session: Session,
+    test: Data | None,
+    directory: Path | None,
+    say: Callable[[Status], None],
+    earlier: Measured | None,
 ) -> Trained:
-    """Put the selected weights in, look at the test examples once, write everything down."""
+    """Put the selected weights in, look at the test examples once, write everything down.
+
+    Args:
+        earlier: what a call before found on the test examples.
+    """
     run, module = session.run, session.network.module
     chosen = session.best["state"] if session.best is not None else session.mean
     if chosen is not None:
@@ -383,10 +405,9 @@ def _finish(
     )
     if not session.group.first:
         return result
-    measured = _earlier(directory, result)
-    if measured is None and test is not None:
-        measured = _tested(session, test, say)
-    result = replace(result, test=measured)
+    if earlier is None and test is not None:
+        earlier = _tested(session, test, say)
+    result = replace(result, test=earlier)
     if directory is not None:
         save_weights(module, directory / "model.safetensors")
         save_onnx(session.network, directory / "model.onnx")
@@ -411,15 +432,10 @@ def _tested(session: Session, test: Data, say: Callable[[Status], None]) -> Meas
     )  # fmt: skip
 
 
-def _earlier(directory: Path | None, result: Trained) -> Measured | None:
-    """What an earlier call of this very training measured on the test examples."""
-    file = None if directory is None else directory / RESULT
-    if file is None or not file.exists():
-        return None
+def _earlier(directory: Path | None) -> Measured | None:
+    """What the call that finished this training measured on the test examples, if it came to that."""
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        test = stored["test"]
-        same = stored["run"] == json.loads(json.dumps(result.json()["run"]))
-        return Measured(**{k: v for k, v in test.items() if k != "unknown"}) if same else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        stored = json.loads((directory / RESULT).read_text(encoding="utf-8")) if directory else {}
+        return Measured(**{k: v for k, v in stored["test"].items() if k != "unknown"})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -15,9 +15,9 @@ from calipers.attacks import pgd
 from calipers.bounds import interval
 from calipers.describe import describe
 from calipers.errors import unknown_name
-from calipers.sets import ThreatModel, exact
+from calipers.sets import ThreatModel
 from calipers.training.objectives import Objective
-from calipers.training.schedules import Schedule, constant
+from calipers.training.schedules import Schedule
 
 MEASURES = ("clean", "attacked", "certified")
 DEVICES = ("cpu", "gpu")
@@ -50,7 +50,8 @@ class Run:
         validation: so many training examples, the same for every seed, are kept for selection.
         select: the measure on these (``clean``, ``attacked``, ``certified``) whose best epoch is the result, among
             epochs at the full radius; None: the last epoch.
-        fallback: the objective to go on with after catastrophic overfitting, from the last good epoch.
+        fallback: the objective, with the same knobs, to go on with after catastrophic overfitting, from the last good
+            epoch.
         attack, bounds: of the final evaluation; bounds in turn, each on what the ones before left open.
         check: epochs between measurements on the validation examples.
         device: ``cpu``, or ``gpu`` for a training that is out of reach without one.
@@ -139,12 +140,6 @@ class Run:
     def full(self, epoch: float) -> bool:
         """Whether the radius has reached its last value at ``epoch``."""
         return self.eps(epoch) >= self.eps(self.epochs)
-
-
-def standard_eps(threat: ThreatModel) -> Schedule:
-    """The threat's own radius from the first step on."""
-    eps = threat.eps
-    return constant(float(eps.max()) if isinstance(eps, Tensor) else float(exact(eps)))
 
 
 def _plain(value: Any) -> Any:

@@ -29,10 +29,8 @@ class Objective(nn.Module):
 
     def __init__(self, network: Network) -> None:
         super().__init__()
-        self.network, self.inner = (
-            network,
-            network.module,
-        )  # the latter, so that its parameters are seen
+        self.network = network
+        self.module = network.module  # so that its parameters are seen
 
     def forward(self, objective: Callable[..., Any], *args: Any, **knobs: Any) -> Any:
         return objective(self.network, *args, **knobs)
