@@ -27,6 +27,7 @@ from calipers.evaluate.bench import (
     tasks,
 )
 from calipers.evaluate.plots import cactus
+from calipers.evaluate.workers import Worker
 from queries import ANSWERS, DIAMOND, text, write_network
 
 CALIPERS = [sys.executable, "-c", "from calipers.cli import main; main()"]
@@ -128,20 +129,19 @@ def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path: Path, monkeypatch) ->
     """The network's file is a pipe that nobody writes to (hangs), or the worker is killed from outside."""
     folder = suite(tmp_path / "s", {"(>= Y_0 1.5)": "sat", "(>= Y_0 3)": "unsat"})
     monkeypatch.setattr(module, "GRACE", 0.5)
-    original = module._Worker.give
+    original = Worker.give
 
-    def give(self, task):
-        original(self, task)
+    def give(self, task, sent, seconds):
+        original(self, task, sent, seconds)
         if task.vnnlib == "p0.vnnlib":
             os.kill(self.process.pid, signal.SIGKILL if kill else signal.SIGSTOP)
 
-    monkeypatch.setattr(module._Worker, "give", give)
+    monkeypatch.setattr(Worker, "give", give)
     kill = True
     first, second = bench(tasks(folder))
     assert (first.result, second.result) == ("error", "unsat")
     assert "worker died (exit code -9)" in first.reason
     kill = False
-    monkeypatch.setattr(module, "START", 0.5)
     (folder / "instances.csv").write_text("onnx/net.onnx,p0.vnnlib,0.5\n")
     (row,) = bench(tasks(folder))
     assert row.result == "timed-out"

@@ -150,6 +150,21 @@ def audit(
         Path | None,
         typer.Option(metavar="DIR", help="Write a checked certificate per certified example."),
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that measure at the same time.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of each worker.")] = 1,
+    worker_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What a worker may take; an equal share of the machine if left out.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Stop when the interval is as narrow as this: 0.5%."),
+    ] = None,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
@@ -167,6 +182,10 @@ def audit(
         deployed=deployed,
         memory=memory,
         certificates=certificates,
+        workers=workers,
+        threads=threads,
+        worker_memory=worker_memory,
+        precision=precision,
     )
     if interrupted:
         raise typer.Exit(130)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rich.text import Text
 
 from calipers.attacks import ATTACKS, LEVELS
 from calipers.bounds import BOUNDS
-from calipers.cli.options import seconds_of, shape_of, writable
+from calipers.cli.options import seconds_of, shape_of, share_of, writable
 from calipers.data import Data, load, load_mask
 from calipers.errors import unknown_name
 from calipers.evaluate import audit as run_audit
@@ -70,8 +71,12 @@ class Subject:
         threat = ThreatModel(
             NORMS[self.norm], self.eps, data.lower, data.upper, mask=mask, grid=self.grid
         )
+        return self.loader(data)(), data, threat
+
+    def loader(self, data: Data) -> Callable[[], Network]:
+        """What makes the network, here or in another process."""
         shape = shape_of(self.input_shape) or tuple(data.x.shape[1:])
-        return load_model(self.model or DEFAULT_MODEL, self.weights, shape), data, threat
+        return partial(load_model, self.model or DEFAULT_MODEL, self.weights, shape)
 
 
 def audit(
@@ -88,6 +93,10 @@ def audit(
     deployed: bool,
     memory: str | None,
     certificates: Path | None,
+    workers: int | None,
+    threads: int,
+    worker_memory: str | None,
+    precision: str | None,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -95,6 +104,7 @@ def audit(
             writable(option, file.absolute())
     limit = None if memory is None else bytes_of(memory)
     seconds = None if budget is None else seconds_of(budget)
+    narrow = 0.0 if precision is None else share_of(precision, "--precision")
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if names is not None:
         select(names)  # a typing error shows before anything is loaded
@@ -114,6 +124,11 @@ def audit(
             deployed=deployed,
             memory=limit,
             name=subject.name,
+            workers=workers,
+            threads=threads,
+            worker_memory=worker_memory,
+            loader=subject.loader(data),
+            precision=narrow,
         )
     console().print(result.table())
     if json_file is not None:
@@ -229,4 +244,11 @@ def _plain(at: Progress) -> None:
 
 
 def _counts(at: Progress) -> str:
-    return f"{at.robust} certified, {at.unknown} unknown, {at.vulnerable} broken"
+    """Verdicts, the interval of robust accuracy so far, speed and time left in this stage."""
+    n = max(at.robust + at.unknown + at.vulnerable, 1)
+    low, high = 100 * at.robust / n, 100 * (n - at.vulnerable) / n
+    said = f"{at.robust} certified, {at.unknown} unknown, {at.vulnerable} broken; {low:.1f} .. {high:.1f} %"
+    if not at.rate:
+        return said
+    left = f", {at.eta:.0f} s left" if at.done < at.total else ""
+    return f"{said}; {at.rate:.1f} examples/s{left}"

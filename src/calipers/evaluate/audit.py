@@ -19,6 +19,7 @@ from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.result import Audit
+from calipers.evaluate.spread import Spread, team
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, evaluating
@@ -47,6 +48,11 @@ def audit(
     memory: int | str | None = None,
     chunk: int = CHUNK,
     name: str = "",
+    workers: int | None = None,
+    threads: int = 1,
+    worker_memory: int | str | None = None,
+    loader: Callable[[], Network] | None = None,
+    precision: float = 0.0,
 ) -> Audit:
     """certified accuracy <= robust accuracy <= empirical accuracy, with a bracket per example.
 
@@ -69,6 +75,13 @@ def audit(
             One example at a time is the least; the network, the data and the results come on top.
         chunk: examples a batch at most.
         name: what to call the model in the report.
+        workers: processes that measure at the same time; None measures in this one. The results are the same. A script
+            that asks for workers needs its calls below ``if __name__ == "__main__"``.
+        threads: of each worker.
+        worker_memory: bytes, or as "2GB", that a worker may take before it fails, on top of the network and libraries;
+            an equal share of the machine's memory if None.
+        loader: makes the same network again, for workers to which ``model`` cannot be sent.
+        precision: stop when certified and empirical accuracy are no further apart than this share.
 
     Raises:
         ModelError, DataError: a check before measuring failed.
@@ -76,6 +89,7 @@ def audit(
         StoreMismatch: ``run`` belongs to another model, data, threat, cascade, seed or code.
         StoreError: ``run`` cannot be written, or another process writes there.
         SoundnessError: two methods contradict each other.
+        WorkerError: workers do not start, or what is measured cannot be sent to them.
         ValueError: an argument is out of range.
     """
     begin = time.perf_counter()
@@ -84,6 +98,9 @@ def audit(
         raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
     if chunk < 1:
         raise ValueError(f"chunk: {chunk} is not at least 1")
+    if not 0 <= precision <= 1:
+        raise ValueError(f"precision: {precision} is no share between 0 and 1")
+    cap = None if worker_memory is None else bytes_of(worker_memory, "worker_memory")
     whole = as_data(data)
     part, positions = sample(whole, samples, seed)
     network = model if isinstance(model, Network) else capture(model, part.x[:1])
@@ -109,10 +126,14 @@ def audit(
         }
         deadline = math.inf if seconds is None else begin + seconds
         keep = nullcontext() if run is None else Store(run, identity)
-        with keep as store, interruptible() as pressed:
+        others = nullcontext() if workers is None else team(
+            workers, network, stages, threat, seed=seed, replicas=replicas, deployed=deployed, memory=limit,
+            threads=threads, cap=cap, loader=loader,
+        )  # fmt: skip
+        with keep as store, interruptible() as pressed, others as staff:
             job = Job(
                 network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
-                deployed, limit,
+                deployed, limit, None if staff is None else Spread(staff, stages), workers or 1, precision,
             )  # fmt: skip
             bracket, rows, stopped, cut = fold(job, stages, store)
             mended = () if store is None else tuple(store.notes)

@@ -11,14 +11,12 @@ import csv
 import gzip
 import io
 import math
-import multiprocessing
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import astuple, dataclass, fields, replace
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -31,6 +29,7 @@ from calipers.evaluate.queries import read
 from calipers.evaluate.store import code_digest
 from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
+from calipers.evaluate.workers import Lost, Raised, Team
 from calipers.files import write_atomically
 from calipers.graph.graph import Network
 from calipers.graph.onnx import load_onnx
@@ -38,7 +37,6 @@ from calipers.vnnlib import Query, format_assignment, instances
 
 OPPOSITE = {"sat": "unsat", "unsat": "sat"}
 GRACE = 5.0  # seconds after its limit until a worker that has not answered is ended
-START = 60.0  # seconds that a new worker may take to start
 
 
 class Task(NamedTuple):
@@ -289,84 +287,24 @@ def bench(
     return [log.done[t.key] for t in todo]
 
 
-class _Worker:
-    """A process that decides one task at a time."""
-
-    def __init__(self, settings: Settings) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, settings), daemon=True)
-        self.process.start()
-        other.close()
-        self.task: Task | None = None
-        self.until = math.inf
-        self.fresh = True
-
-    def give(self, task: Task) -> None:
-        self.task = task
-        extra = START if self.fresh else 0.0
-        self.until = time.monotonic() + task.limit + GRACE + extra
-        self.fresh = False
-        self.connection.send(task)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-
-
 def _decided(left: Sequence[Task], count: int, settings: Settings) -> Iterator[Result]:
-    """Results as they come. Whatever happens, no worker survives."""
-    queue = list(reversed(left))
-    team = [_Worker(settings) for _ in range(count)]
-    try:
-        while queue or any(w.task for w in team):
-            for worker in team:
-                if worker.task is None and queue:
-                    worker.give(queue.pop())
-            busy = [w for w in team if w.task]
-            pause = max(0.0, min(w.until for w in busy) - time.monotonic())
-            ready = wait([w.connection for w in busy], min(pause, 3600.0))
-            for i, worker in enumerate(team):
-                if worker.task is None:
-                    continue
-                row = _heard(worker, worker.task) if worker.connection in ready else None
-                if (
-                    row is None
-                    and worker.connection not in ready
-                    and time.monotonic() < worker.until
-                ):
-                    continue
-                if row is None:
-                    row = _lost(worker, worker.task)
-                    worker.end()
-                    team[i] = _Worker(settings)
-                worker.task = None
-                yield row
-    finally:
-        for worker in team:
-            worker.end()
+    """Results as they come."""
+    queue = iter(left)
+
+    def take() -> tuple[Task, float] | None:
+        return next(((t, t.limit + GRACE) for t in queue), None)
+
+    with Team(count, prepare, (settings,)) as team:
+        for task, found in team.answers(take):
+            yield found if isinstance(found, Result) else _lost(task, found)
 
 
-def _heard(worker: _Worker, task: Task) -> Result | None:
-    """What a worker says; None if it died instead."""
-    with suppress(EOFError, OSError):
-        found = worker.connection.recv()
-        if isinstance(found, Result) and found.key == task.key:
-            return found
-    return None
-
-
-def _lost(worker: _Worker, task: Task) -> Result:
-    late = time.monotonic() >= worker.until
-    worker.process.join(0.0 if late else 1.0)
-    code = worker.process.exitcode
-    reason = (
-        f"no answer {GRACE:g} s after the limit, so the worker was ended"
-        if late
-        else f"the worker died (exit code {code}), out of memory perhaps"
-    )
-    return _row(task, Decision("timed-out" if late else "unknown", reason), "" if late else "error")
+def _lost(task: Task, found: Lost | Raised) -> Result:
+    if isinstance(found, Lost) and found.late:
+        reason = f"no answer {GRACE:g} s after the limit, so the worker was ended"
+        return _row(task, Decision("timed-out", reason))
+    reason = found.reason if isinstance(found, Lost) else str(found.error)
+    return _row(task, Decision("unknown", reason), "error")
 
 
 def _row(task: Task, found: Decision, result: str = "") -> Result:
@@ -387,17 +325,10 @@ def _row(task: Task, found: Decision, result: str = "") -> Result:
 # -- inside a worker ---------------------------------------------------------------------------------------------
 
 
-def serve(connection: Connection, settings: Settings) -> None:
-    """Decide tasks until the other end closes; the network of the last task is kept."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+def prepare(settings: Settings) -> Callable[[Task], Result]:
+    """What decides tasks in a worker; the network of the last one is kept."""
     torch.set_num_threads(settings.threads)
-    known: dict[Path, Network] = {}
-    with suppress(EOFError, OSError):
-        while True:
-            task = connection.recv()
-            connection.send(solve(task, settings, known))
+    return partial(solve, settings=settings, known={})
 
 
 def _decision(

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,11 +50,48 @@ class Progress:
     robust: int
     vulnerable: int
     unknown: int
+    fresh: int = 0
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Examples a second in this stage, in this call."""
+        return self.fresh / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def eta(self) -> float:
+        """Seconds until the stage is through, at this rate."""
+        return (self.total - self.done) / self.rate if self.rate else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A batch of examples in one stage, measured: a bracket, or why there is none.
+
+    Args:
+        rows: which examples, (B,).
+        reason: why ``part`` is None; empty if time was up.
+    """
+
+    rows: Tensor
+    part: Bracket | None
+    seconds: float = 0.0
+    work: float = 0.0
+    reason: str = ""
+
+
+Batches = Iterator[tuple[Tensor, float]]  # rows, and until when a search of them may go on
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What every stage of one audit shares."""
+    """What every stage of one audit shares.
+
+    Args:
+        spread: measures batches as they come, here or elsewhere; None measures here.
+        workers: how many batches ``spread`` measures at a time.
+        precision: the share of unknown examples that is good enough.
+    """
 
     network: Network
     x: Tensor
@@ -67,6 +105,9 @@ class Job:
     pressed: Callable[[], bool] = lambda: False
     deployed: bool = False
     memory: int | None = None
+    spread: Callable[[Job, Stage, Batches], Iterator[Unit]] | None = None
+    workers: int = 1
+    precision: float = 0.0
 
 
 def _unknown(bracket: Bracket) -> Tensor:
@@ -99,7 +140,10 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 def fold(
     job: Job, stages: Sequence[Stage], store: Store | None
 ) -> tuple[Bracket, list[Row], str | None, Tensor]:
-    """The bracket, a row per stage, why it stopped early (or None), and the rows (N,) cut off by that."""
+    """The bracket, a row per stage, why it stopped early (or None), and the rows (N,) cut off by that.
+
+    A row that fails in a stage goes on to the next ones.
+    """
     bracket = Bracket.unknown(len(job.x))
     rows: list[Row] = []
     cut = torch.zeros(len(job.x), dtype=torch.bool)
@@ -119,7 +163,7 @@ def fold(
 
 
 class _Run:
-    """One stage over the rows ``todo``: stored units first, then batch by batch.
+    """One stage over the rows ``todo``: stored units first, then batch by batch, here or by workers.
 
     Complete searches take one example at a time, the most promising first. What they leave undecided is not stored, so
     that another call goes on with it.
@@ -135,26 +179,29 @@ class _Run:
         self.note = ""
         self.stopped: str | None = None
         self.robust = self.vulnerable = 0
-        self.until = math.inf  # of the search in progress
+        self.failed: list[tuple[Tensor, str]] = []
+        self.open = int(_unknown(bracket).sum())  # before this stage
+        self.begin = time.perf_counter()
 
     def result(self) -> tuple[Bracket, Row, Tensor]:
         """The bracket met with this stage, its row, and the rows it did not get to."""
         search = self.stage.side == "exact"
         try:
             self._restore()
-            for rows in self._searches() if search else self._batches():
-                self._measure(rows)
+            for unit in (self.job.spread or here)(self.job, self.stage, self._planned()):
+                self._keep(unit)
         except KeyboardInterrupt:
             self.stopped = "interrupted"
         except TimeIsUp:
             self.stopped = "time"
         except UnsupportedOp as error:
-            self.note = f"skipped: {error}"
+            self._fail(f"skipped: {error}")
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            self.note = "stopped: out of memory"
+            self._fail("stopped: out of memory")
         tried = torch.cat([r for r, _ in self.done]) if self.done else self.todo[:0]
+        failed = torch.cat([self.todo[:0], *(r for r, _ in self.failed)])
         bracket = self.before
         if self.done:
             bracket = bracket.scatter(tried, _join([part for _, part in self.done]))
@@ -165,11 +212,15 @@ class _Run:
             seconds=self.seconds,
             tried=len(tried),
             decided=decided,
-            note=self.note or {"time": "stopped by time"}.get(str(self.stopped), self.stopped or ""),
+            note=self.note or _said(self.stopped, self.failed),
             stored=self.stored,
             work=self.work,
         )  # fmt: skip
-        return bracket, row, self.todo[~torch.isin(self.todo, tried) | torch.tensor(search)]
+        return (
+            bracket,
+            row,
+            self.todo[~torch.isin(self.todo, torch.cat([tried, failed])) | torch.tensor(search)],
+        )
 
     def _restore(self) -> None:
         found = self.store.get(self.stage.name, self.job.x[0]) if self.store else None
@@ -181,59 +232,102 @@ class _Run:
             self._count(part)
             self.restored = self.tried = len(rows)
 
-    def _batches(self) -> Iterator[Tensor]:
-        """The rows left: one first, then as many as SLICE seconds (or half the time left) hold at the speed so far."""
-        restored = self.done[0][0] if self.done else self.todo[:0]
-        left = self.todo[~torch.isin(self.todo, restored)]
-        size, largest = 1, _examples(self.job, self.stage)
-        begin = time.perf_counter()
-        while len(left):
-            remaining = self.job.deadline - time.perf_counter()
-            if self.job.pressed() or remaining <= 0:
-                self.stopped = "interrupted" if self.job.pressed() else "time"
-                return
-            yield left[:size]
-            left = left[size:]
-            rate = (time.perf_counter() - begin) / max(self.tried - self.restored, 1)
-            fits = int(min(SLICE, max(remaining, 0.0) / 2) / max(rate, 1e-9))
-            size = max(1, min(largest, 8 * size, fits))
+    def _planned(self) -> Batches:
+        if self.stage.side == "exact":
+            return self._searches()
+        return self._batches() if self.job.spread is None or self._timed else self._blocks()
 
-    def _searches(self) -> Iterator[Tensor]:
+    @property
+    def _timed(self) -> bool:
+        return not math.isinf(self.job.deadline)
+
+    def _left(self, todo: Tensor) -> Tensor:
+        """The rows of ``todo`` that have no stored result."""
+        return todo[~torch.isin(todo, self.done[0][0])] if self.restored else todo
+
+    def _halted(self) -> bool:
+        """Whether no batch may be begun any more; `stopped` says why."""
+        unknown = self.open - self.robust - self.vulnerable
+        if self.job.pressed():
+            self.stopped = "interrupted"
+        elif time.perf_counter() >= self.job.deadline:
+            self.stopped = "time"
+        elif self.job.precision > 0 and unknown <= self.job.precision * len(self.before):
+            self.stopped = "precision"
+        return self.stopped is not None
+
+    def _batches(self) -> Batches:
+        """The rows left: one first, then as many as SLICE seconds (or half the time left) hold at the speed so far."""
+        left = self._left(self.todo if self.job.spread is None else self._promising())
+        size, largest = 1, _examples(self.job, self.stage)
+        while len(left) and not self._halted():
+            yield left[:size], math.inf
+            left = left[size:]
+            remaining = max(self.job.deadline - time.perf_counter(), 0.0)
+            fresh = self.tried - self.restored
+            rate = (time.perf_counter() - self.begin) * self.job.workers / max(fresh, 1)
+            fits = int(min(SLICE, remaining / 2) / max(rate, 1e-9))
+            size = max(1, min(largest, 8 * size, fits)) if fresh else 1
+
+    def _blocks(self) -> Batches:
+        """The rows left in batches that neither the clock nor what is stored has a say in, so that a run that was
+        killed works out the same numbers, bit by bit. Small enough that no worker waits long for the others."""
+        fair = -(-len(self.todo) // (8 * self.job.workers))
+        size = max(1, min(_examples(self.job, self.stage), fair))
+        todo = self._promising()
+        for place in range(0, len(todo), size):
+            rows = self._left(todo[place : place + size])
+            if self._halted():
+                return
+            if len(rows):
+                yield rows, math.inf
+
+    def _promising(self) -> Tensor:
+        """The rows, those first that this stage is likeliest to decide: the nearest to 0 on its side."""
+        attack = self.stage.side == "attack"
+        ends = self.before.upper if attack else -self.before.lower
+        return self.todo[ends[self.todo].argsort(stable=True)]
+
+    def _searches(self) -> Batches:
         """The rows left one by one, the largest lower bound first, each with an equal share of the time left."""
-        if math.isinf(self.job.deadline):
+        if not self._timed:
             self.note = "not tried: needs a time limit"
             return
-        restored = self.done[0][0] if self.done else self.todo[:0]
-        left = self.todo[~torch.isin(self.todo, restored)]
+        left = self._left(self.todo)
         left = left[self.before.lower[left].argsort(descending=True, stable=True)]
         for place in range(len(left)):
-            now = time.perf_counter()
-            if self.job.pressed() or now >= self.job.deadline:
-                self.stopped = "interrupted" if self.job.pressed() else "time"
+            if self._halted():
                 return
-            self.until = now + (self.job.deadline - now) / (len(left) - place)
-            yield left[place : place + 1]
+            now = time.perf_counter()
+            share = (self.job.deadline - now) * min(1.0, self.job.workers / (len(left) - place))
+            yield left[place : place + 1], now + share
 
-    def _measure(self, rows: Tensor) -> None:
-        begin = time.perf_counter()
-        place = rows.to(self.job.x.device)
-        with counting() as work, alarm(self.job.deadline):
-            if self.stage.side == "exact":
-                part = search(self.job, self.stage, place, self.until)
-            else:
-                part = measure(self.job, self.stage, place)
-        took = time.perf_counter() - begin
-        share = Evidence(self.stage.name, took / len(rows), work.passes / len(rows))
-        evidence = (share,) * len(rows)
-        part = replace(part, lower_evidence=evidence, upper_evidence=evidence)
+    def _fail(self, reason: str) -> None:
+        """The rows left have no result."""
+        self.note = reason
+        tried = torch.cat([self.todo[:0], *(r for r, _ in self.done)])
+        rows = self.todo[~torch.isin(self.todo, tried)]
+        if self.store:
+            self.store.fail(self.stage.name, rows.tolist(), reason)
+
+    def _keep(self, unit: Unit) -> None:
+        """Store a measured batch, or why it failed."""
+        rows, part = unit.rows, unit.part
+        if part is None:
+            self.stopped = self.stopped or (None if unit.reason else "time")
+            if unit.reason:
+                self.failed.append((rows, unit.reason))
+                if self.store:
+                    self.store.fail(self.stage.name, rows.tolist(), unit.reason)
+            return
         if self.stage.side == "exact" and bool(_unknown(part).any()):
             late = time.perf_counter() >= self.job.deadline
             self.stopped = self.stopped or ("time" if late else None)
         elif self.store:
-            self.store.add(self.stage.name, rows.tolist(), part, took, work.passes)
+            self.store.add(self.stage.name, rows.tolist(), part, unit.seconds, unit.work)
         self.done.append((rows, part))
-        self.seconds += took
-        self.work += work.passes
+        self.seconds += unit.seconds
+        self.work += unit.work
         self.tried += len(rows)
         self._count(part)
         if self.job.progress:
@@ -249,7 +343,57 @@ class _Run:
         robust = sum(v is Verdict.ROBUST for v in before) + self.robust
         vulnerable = sum(v is Verdict.VULNERABLE for v in before) + self.vulnerable
         unknown = len(before) - robust - vulnerable
-        progress(Progress(self.stage.name, self.tried, len(self.todo), robust, vulnerable, unknown))
+        done = self.tried + sum(len(r) for r, _ in self.failed)
+        fresh, took = self.tried - self.restored, time.perf_counter() - self.begin
+        progress(
+            Progress(
+                self.stage.name,
+                done,
+                len(self.todo),
+                robust,
+                vulnerable,
+                unknown,
+                fresh,
+                took,
+            )
+        )
+
+
+def _said(stopped: str | None, failed: Sequence[tuple[Tensor, str]]) -> str:
+    """A row's note: why the stage stopped, and what failed."""
+    counts = Counter[str]()
+    for rows, reason in failed:
+        counts[reason] += len(rows)
+    first = {"time": "stopped by time", "precision": "stopped: narrow enough"}
+    notes = [first.get(stopped, stopped)] if stopped else []
+    return "; ".join([*notes, *(f"{n} failed: {r}" for r, n in counts.items())])
+
+
+def here(job: Job, stage: Stage, batches: Batches) -> Iterator[Unit]:
+    """The batches measured one after the other, in this process."""
+    for rows, until in batches:
+        yield measured(job, stage, rows, until)
+
+
+def measured(job: Job, stage: Stage, rows: Tensor, until: float) -> Unit:
+    """One batch, with what it took.
+
+    Raises:
+        TimeIsUp: the deadline of ``job`` came first.
+    """
+    begin = time.perf_counter()
+    place = rows.to(job.x.device)
+    with counting() as work, alarm(job.deadline):
+        exact = stage.side == "exact"
+        part = search(job, stage, place, until) if exact else measure(job, stage, place)
+    took = time.perf_counter() - begin
+    return Unit(rows, evident(part, stage.name, took, work.passes), took, work.passes)
+
+
+def evident(part: Bracket, stage: str, seconds: float, work: float) -> Bracket:
+    """``part`` with its seconds and work shared equally."""
+    evidence = (Evidence(stage, seconds / len(part), work / len(part)),) * len(part)
+    return replace(part, lower_evidence=evidence, upper_evidence=evidence)
 
 
 def _examples(job: Job, stage: Stage) -> int:

@@ -52,7 +52,7 @@ def alarm(deadline: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, rest, interval)
 
 
-def bytes_of(memory: int | str) -> int:
+def bytes_of(memory: int | str, name: str = "memory") -> int:
     """A number of bytes, or text such as ``2GB``, ``500MB`` or ``1.5GiB``.
 
     Raises:
@@ -66,5 +66,5 @@ def bytes_of(memory: int | str) -> int:
         number, prefix, binary = found.groups()
         size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
     if size < 1:
-        raise ValueError(f"memory: {memory!r} is no size; give bytes, or text such as 500MB or 2GB")
+        raise ValueError(f"{name}: {memory!r} is no size; give bytes, or text such as 500MB or 2GB")
     return size

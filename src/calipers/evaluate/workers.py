@@ -1,0 +1,238 @@
+"""Worker processes: tasks handed out one at a time, answers as they come, and a worker that dies costs its task only.
+
+Workers are spawned, so each starts from nothing but what it is sent. They ignore Ctrl-C, which is for the process that
+started them, and end when that process does, however it ends.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from calipers.errors import WorkerError
+
+T = TypeVar("T")
+Handle = Callable[[Any], Any]
+START = 120.0  # seconds that a worker may take to start
+TRIES = 3  # starts in a row that may fail
+LONGEST = 3600.0  # seconds that one wait may take
+READY = "ready"
+
+
+class Lost(NamedTuple):
+    """A task's worker died (``code``: its exit code), or was ended because it was late (None)."""
+
+    code: int | None
+
+    @property
+    def late(self) -> bool:
+        return self.code is None
+
+    @property
+    def reason(self) -> str:
+        if self.late:
+            return "no answer in time, so the worker was ended"
+        return f"the worker died (exit code {self.code}), out of memory perhaps"
+
+
+class Raised(NamedTuple):
+    """An exception that handling a task, or starting, raised."""
+
+    error: Exception
+
+
+class _Plain(ForkingPickler):
+    """Sends tensors by value. torch would move them, the caller's own too, to memory that processes share, which needs
+    a large /dev/shm and a thread of the sender."""
+
+    _extra_reducers: ClassVar[dict[type, Any]] = {}
+
+
+class Worker:
+    """A process that handles one task at a time."""
+
+    def __init__(self, prepare: Callable[..., Handle], settings: tuple[Any, ...]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+        self.task: Any = None
+        self.ready = False
+        self.until = time.monotonic() + START
+        try:
+            with suppress(OSError):  # it died: noticed when it is listened to
+                self.connection.send_bytes(_Plain.dumps((prepare, settings)))
+        except Exception as error:  # noqa: BLE001 - whatever an object's own pickling raises
+            self.end()
+            raise WorkerError(
+                f"workers: what is measured cannot be sent to other processes ({error}); define models and "
+                "methods at the top of a module, or measure in one process"
+            ) from None
+
+    def give(self, task: Any, sent: Any, seconds: float) -> None:
+        """Hand over a task, as ``sent``; without an answer in ``seconds`` it is lost."""
+        self.task, self.until = task, time.monotonic() + seconds
+        with suppress(BrokenPipeError):
+            self.connection.send(sent)
+
+    def heard(self) -> Any:
+        """What the worker said; `Lost` if it died instead."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(1.0)
+            return Lost(self.process.exitcode or 0)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class Team:
+    """``count`` workers, started when there is something to do. Whatever happens, none survives the block.
+
+    Args:
+        prepare: called in each new worker with ``settings``; returns the function that handles its tasks.
+    """
+
+    def __init__(
+        self, count: int, prepare: Callable[..., Handle], settings: tuple[Any, ...]
+    ) -> None:
+        self.count, self.prepare, self.settings = count, prepare, settings
+        self.workers: list[Worker] = []
+        self.failed = 0  # starts in a row
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.end()
+        self.workers.clear()
+
+    def _new(self) -> Worker:
+        return Worker(self.prepare, self.settings)
+
+    def answers(
+        self,
+        take: Callable[[], tuple[T, float] | None],
+        send: Callable[[T], Any] = lambda task: task,
+    ) -> Iterator[tuple[T, Any]]:
+        """(task, answer) in the order of the answers: what handling returned, `Raised` or `Lost`.
+
+        Args:
+            take: the next task and its seconds, or None when there is none now; it is asked when a worker is free, so
+                that tasks may depend on earlier answers. The end is when no worker is busy and there is none.
+            send: a task as the workers get it.
+
+        Raises:
+            WorkerError: workers do not start.
+        """
+        held: tuple[T, float] | None = None
+        try:
+            while True:
+                free = [w for w in self.workers if w.ready and w.task is None]
+                if free or not self.workers:
+                    held = held or take()
+                if held is None and not any(w.task is not None for w in self.workers):
+                    if free or not self.workers:
+                        return
+                elif held is not None:
+                    self.workers += [self._new() for _ in range(self.count - len(self.workers))]
+                    if free:
+                        task, seconds = held
+                        free[0].give(task, send(task), seconds)
+                        held = None
+                        continue
+                yield from self._listen()
+        finally:
+            left = [w for w in self.workers if w.task is not None]
+            self.workers = [w for w in self.workers if w.task is None]
+            for worker in left:  # nobody waits for their answers any more
+                worker.end()
+
+    def _listen(self) -> Iterator[tuple[Any, Any]]:
+        """Wait for the first answers."""
+        watched = [w for w in self.workers if w.task is not None or not w.ready]
+        pause = max(0.0, min(w.until for w in watched) - time.monotonic())
+        ready = wait([w.connection for w in watched], min(pause, LONGEST))
+        for worker in watched:
+            if worker.connection in ready:
+                answer = worker.heard()
+            elif time.monotonic() >= worker.until:
+                answer = Lost(None)
+            else:
+                continue
+            task, started = worker.task, worker.ready
+            worker.task, worker.until = None, math.inf
+            if isinstance(answer, Lost):
+                worker.end()
+                self.workers.remove(worker)
+            if started:
+                yield task, answer
+            else:
+                self._started(worker, answer)
+
+    def _started(self, worker: Worker, answer: Any) -> None:
+        if answer == READY:
+            worker.ready, self.failed = True, 0
+            return
+        self.failed += 1
+        if isinstance(answer, Raised):
+            raise WorkerError(f"workers: cannot start: {answer.error}")
+        if self.failed >= TRIES:
+            raise WorkerError(
+                f"workers: cannot start: {answer.reason}; a script that starts workers needs its calls below "
+                'if __name__ == "__main__", and each worker needs the memory to load torch'
+            )
+
+
+def _serve(connection: Connection) -> None:
+    """Handle tasks until the other end closes."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow, daemon=True).start()
+    with suppress(EOFError, OSError):
+        try:
+            prepare, settings = connection.recv()
+            handle = prepare(*settings)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other end should know
+            connection.send(_raised(error))
+            return
+        connection.send(READY)
+        while True:
+            task = connection.recv()
+            try:
+                answer = handle(task)
+            except Exception as error:  # noqa: BLE001 - the other end decides
+                answer = _raised(error)
+            connection.send(answer)
+
+
+def _raised(error: Exception) -> Raised:
+    """The exception as one that can be sent: those of other packages often cannot be put together again."""
+    import traceback
+
+    if type(error).__module__.startswith(("calipers.", "builtins")):
+        error.add_note("".join(traceback.format_exception(error)))
+        return Raised(error)
+    return Raised(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _follow() -> None:
+    """End with the process that started this one, in the midst of whatever is computed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
