@@ -146,6 +146,10 @@ def audit(
         bool,
         typer.Option("--deployed", help="Certify the network as it runs, its rounding included."),
     ] = False,
+    certificates: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a checked certificate per certified example."),
+    ] = None,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
@@ -162,6 +166,7 @@ def audit(
         allow_softmax=allow_softmax,
         deployed=deployed,
         memory=memory,
+        certificates=certificates,
     )
     if interrupted:
         raise typer.Exit(130)
@@ -555,6 +560,7 @@ def bench(
         typer.Option(help="At most so many sub-problems for a box, whatever the machine."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="As in calipers verify.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="As in calipers verify.")] = False,
     save: Annotated[
         Path | None,
         typer.Option(
@@ -574,7 +580,7 @@ def bench(
 
     code = benching.run(
         path, cap=timeout_cap, out=out, workers=workers, threads=threads, memory=memory,
-        domains=domains, exact=exact, save=save, plot=plot, json_file=json,
+        domains=domains, exact=exact, fast=fast, save=save, plot=plot, json_file=json,
     )  # fmt: skip
     raise typer.Exit(code)
 

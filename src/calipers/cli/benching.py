@@ -33,6 +33,7 @@ def run(
     memory: str | None,
     domains: int | None,
     exact: bool,
+    fast: bool,
     save: Path | None,
     plot: Path | None,
     json_file: Path | None,
@@ -44,7 +45,7 @@ def run(
     limit = math.inf if cap is None else seconds_of(cap, "--timeout-cap")
     settings = Settings(
         None if memory is None else bytes_of(memory), domains, exact, threads,
-        None if save is None else save.absolute(),
+        None if save is None else save.absolute(), fast,
     )  # fmt: skip
     todo = tasks(path, cap=limit)
     try:

@@ -28,6 +28,7 @@ from calipers.evaluate import explain as run_explain
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.limits import bytes_of
+from calipers.evaluate.result import Audit
 from calipers.exact import EXACT
 from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
@@ -86,6 +87,7 @@ def audit(
     allow_softmax: bool,
     deployed: bool,
     memory: str | None,
+    certificates: Path | None,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -119,7 +121,19 @@ def audit(
     if report is not None:
         result.report(report)
         sys.stderr.write(f"report: {report}\n")
+    if certificates is not None:
+        _certificates(result, network, certificates)
     return result.stopped == "interrupted"
+
+
+def _certificates(result: Audit, network: Network, folder: Path) -> None:
+    from calipers.evaluate.certificates import certificates
+
+    found = certificates(result, network, folder)
+    accepted = sum(not reason for reason in found.values())
+    sys.stderr.write(f"certificates: {accepted} of {len(found)} certified examples, in {folder}\n")
+    for reason in sorted({r for r in found.values() if r})[:3]:
+        sys.stderr.write(f"calipers: {reason}\n")
 
 
 def explain(subject: Subject, *, index: int, seed: int) -> None:

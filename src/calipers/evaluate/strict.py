@@ -18,14 +18,16 @@ from typing import Any
 import torch
 
 from calipers.errors import CertificateError
-from calipers.evaluate.solvers import complete, problem
+from calipers.evaluate.solvers import problem
 from calipers.evaluate.verify import Decision, decide
+from calipers.exact import branch
 from calipers.exact.certificate import numbered, of_query
 from calipers.exact.record import Record
 from calipers.graph.graph import Network
 from calipers.vnnlib import Query
 from calipers_check import Refused, Unusable, check
 
+NEVER = 1 << 30  # splits after which intervals are computed again
 LATE = "its certificate was not checked in time"
 
 
@@ -109,23 +111,30 @@ def certified(
     end: float,
     memory: int | None = None,
 ) -> Certified:
-    """The certificate of what ``proofs`` say; where the bound of a name does not suffice for the checker, of a search.
+    """The certificate of what ``proofs`` say; if the checker refuses it, of another search.
+
+    Default lines depend on intervals that the checker may find tighter, which can make what follows from them looser: a
+    named bound may not suffice, nor may intervals computed again. The other search computes none again.
 
     Args:
         end: of `time.perf_counter`.
     """
     result = _checked(network, query, files, proofs, end)
-    named = {place for place, how in proofs.items() if isinstance(how, str)}
-    if result.accepted or result.data is None or not named or time.perf_counter() >= end:
+    if result.accepted or result.data is None or time.perf_counter() >= end:
         return result
-    again = dict(proofs)
-    for case, row in named:
+    again: dict[tuple[int, int], Record | str] = dict(proofs)
+    for (case, row), how in proofs.items():
+        if isinstance(how, Record) and how.of_inputs:
+            continue
         region, spec, _ = query.cases[case]
-        one = torch.tensor([row])
-        solved = complete(network, region[one], spec[one], deadline=end, memory=memory, record=True)
-        if not solved.outcome.robust or solved.record is None:
+        one, record = torch.tensor([row]), Record()
+        found = branch(
+            network, region[one], spec[one], deadline=end, memory=memory, period=NEVER,
+            record=record,
+        )  # fmt: skip
+        if not found.robust:
             return result
-        again[case, row] = solved.record
+        again[case, row] = record
     return _checked(network, query, files, again, end)
 
 

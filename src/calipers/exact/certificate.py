@@ -29,6 +29,7 @@ from calipers.graph import primitives as prim
 from calipers.graph.graph import Network
 from calipers.ops import facts
 from calipers.ops.kinds import Affine
+from calipers.sets import Region
 from calipers.spec import Spec
 from calipers.vnnlib import Case
 from calipers_check import onnx_file
@@ -151,19 +152,69 @@ def of_query(
     Raises:
         CertificateError: the format has no words for it.
     """
-    numbers = numbered(network)
     clauses = clauses_of(_text(files[1]))
     found = [Tree([c], {"bounds": ONE}) for c, clause in enumerate(clauses) if clause.void]
     for place, claims in matched(clauses, cases).items():
-        how = proofs[place]
-        own = [named(how, claims)] if isinstance(how, str) else list(trees(how, claims, numbers))
-        if isinstance(how, Record) and how.of_inputs:
-            model = onnx_file.network(read_bytes(files[0]))
-            own = [
-                t._replace(arrays=grown(t.arrays, model, clauses, t.clauses, seconds)) for t in own
-            ]
-        found += own
+        found += _grown(proofs[place], claims, clauses, network, files[0], seconds)
     return encoded(files[0], digest(files[1]), found)
+
+
+def of_region(
+    network: Network,
+    file: Path,
+    region: Region,
+    spec: Spec,
+    how: Record | str,
+    seconds: float = math.inf,
+) -> bytes:
+    """The certificate that a specification holds on one box, both written into it.
+
+    Args:
+        file: the network's.
+        how: what proved it, a record or the name of a bound.
+
+    Raises:
+        CertificateError: the format has no words for it.
+    """
+    if not math.isinf(region.p):
+        raise CertificateError(f"certificates are about boxes, not about balls in l{region.p:g}")
+    ends = (v[0].double().flatten().numpy() + 0.0 for v in (region.outer_lower, region.outer_upper))
+    order = spec.clause.argsort(stable=True)
+    own = {
+        "property/lower": next(ends),
+        "property/upper": next(ends),
+        "property/C": spec.C[0, order].double().numpy(),
+        "property/d": spec.d[0, order].double().numpy(),
+        "property/clause": spec.clause[order].numpy().astype("i4"),
+    }
+    claims, clauses = [], []
+    for c in range(spec.count):
+        members = np.flatnonzero(spec.clause.numpy() == c)
+        rows = spec.C[0].double().numpy()[members], spec.d[0].double().numpy()[members]
+        clauses.append(Clause(own["property/lower"], own["property/upper"], *rows))
+        count = len(members)
+        claims.append(Claim(c, c, members.tolist(), np.arange(count), np.ones(count)))
+    found = _grown(how, claims, clauses, network, file, seconds)
+    return encoded(file, {"inline": True, "p": "inf"}, found, own)
+
+
+def _grown(
+    how: Record | str,
+    claims: Sequence[Claim],
+    clauses: Sequence[Clause],
+    network: Network,
+    file: Path,
+    seconds: float,
+) -> list[Tree]:
+    """The trees of one search or bound; of input splits such that the checker's rules suffice."""
+    numbers = numbered(network)
+    if isinstance(how, str):
+        return [named(how, claims)]
+    own = list(trees(how, claims, numbers))
+    if not how.of_inputs:
+        return own
+    model = onnx_file.network(read_bytes(file))
+    return [t._replace(arrays=grown(t.arrays, model, clauses, t.clauses, seconds)) for t in own]
 
 
 def _text(path: Path) -> str:

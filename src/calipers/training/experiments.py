@@ -91,7 +91,7 @@ def surface(
     label = y.reshape(1)
     steep = gradient_at(model, x.unsqueeze(0), cross_entropy(label))[0].sign()
     other = normal(torch.tensor([seed]), x.unsqueeze(0))[0].sign()
-    steps = torch.linspace(-eps, eps, size, dtype=x.dtype)
+    steps = torch.linspace(-eps, eps, size, dtype=x.dtype, device=x.device)
     spread = steps.view(-1, *[1] * x.ndim)
     rows = [
         F.cross_entropy(model(x + a * steep + spread * other), label.expand(size), reduction="none")
