@@ -23,7 +23,7 @@ from calipers_check.vnnlib import Ball
 
 U = 2.0**-53
 TINY = 1e-290  # more than any sum of underflows
-NUMBERS = 1 << 18  # of one array of rows
+NUMBERS = 1 << 17  # of one array of rows
 BROAD = 1 << 24  # and of one in the middle of a step
 
 
