@@ -4,8 +4,8 @@
 
 ``FOLDER`` holds one folder per suite with ``instances.csv``; one thread, one process. Each instance is decided twice,
 without and with notes of the search, and its certificate written and checked; all seconds are CPU time, with reading
-the files. ``check/solve`` and ``overhead`` (notes and writing) are relative to the undisturbed decision; medians over the
-accepted instances, and over those that took a search.
+the files. ``check/solve`` and ``overhead`` (notes and writing) are relative to the undisturbed decision; medians over
+the accepted instances, and over those that took a search.
 """
 
 from __future__ import annotations

@@ -100,6 +100,13 @@ def test_the_whole_region_at_once(tmp_path: Path) -> None:
     found, record = recorded(what, branch, whole=True)
     assert found.robust
     assert refusal(what, record) == ""
+    optimised = subject(
+        tmp_path, 5, (2, 6, 2)
+    )  # one hidden layer: no interval to optimise, only lines
+    found, record = recorded(optimised, branch)
+    assert found.robust
+    assert not record.rows
+    assert refusal(optimised, record) == ""
     assert refusal((network, query, files), "interval")  # which does not suffice there
 
 

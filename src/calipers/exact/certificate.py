@@ -395,9 +395,7 @@ class _Columns:
 
     def whole(self, claims: Sequence[Claim]) -> Arrays:
         """The tree of a search that needed no split."""
-        if not self.record.rows:
-            return {"bounds": np.array([CROWN], "u1"), "proof": np.array([CROWN], "u1")}
-        bounds = {"bounds": np.array([LINES], "u1")}
+        bounds = {"bounds": np.array([self.rule], "u1")}
         return {**bounds, **self.root(), **_joined([self.of_region(claims)])}
 
     def of_region(self, claims: Sequence[Claim]) -> _Lines:
