@@ -172,7 +172,7 @@ def test_what_is_tried_again():
     assert "exit code -9" in spread._after(last, died)[1]
     assert len(spread._after(four, Failed("out of memory"))[0]) == 2
     assert spread._after(four, Failed("")) == ([], "")
-    assert spread._after(four, late) == ([], "")
+    assert spread._after(four, late)[0] == []
 
 
 def sleepy(network, region, spec, **_):
@@ -198,7 +198,7 @@ def test_time_and_ctrl_c_stop_workers():
     assert began[0].eta < math.inf
     begin = time.perf_counter()
     out = audit(network, digits(500), THREAT, cascade=stages, workers=1, seconds=12)
-    assert time.perf_counter() - begin < 25
+    assert time.perf_counter() - begin < 12 + spread.GRACE + 5
     assert out.stopped == "time"
     assert out.methods[1].note in ("stopped by time", "not reached")
 

@@ -31,7 +31,7 @@ from calipers.evaluate.workers import Lost, Raised, Team
 from calipers.graph.graph import Network
 from calipers.sets import ThreatModel
 
-GRACE = 10.0  # seconds after its limit until a worker that has not answered is ended
+GRACE = 5.0  # seconds after its limit until a worker that has not answered is ended
 
 
 class Setup(NamedTuple):
@@ -159,13 +159,15 @@ class Spread:
                 batch.until - now,
             )  # fmt: skip
 
-        for batch, answer in self.team.answers(take, send):
+        deadline = time.monotonic() + job.deadline - time.perf_counter()
+        for batch, answer in self.team.answers(take, send, deadline):
             if isinstance(answer, Raised):
                 raise answer.error
             if isinstance(answer, Answer):
                 yield _unit(batch.rows, stage, answer)
                 continue
-            smaller, reason = _after(batch, answer)
+            over = isinstance(answer, Lost) and answer.late and time.monotonic() >= deadline
+            smaller, reason = _after(batch, Failed("") if over else answer)
             again.extend(smaller)
             if not smaller:
                 yield Unit(batch.rows, None, reason=reason)
@@ -176,7 +178,7 @@ def _after(batch: Batch, answer: Lost | Failed) -> tuple[list[Batch], str]:
     if isinstance(answer, Failed) and not answer.reason:
         return [], ""
     if isinstance(answer, Lost) and answer.late:
-        return [], "" if len(batch.rows) > 1 else answer.reason
+        return [], answer.reason
     if isinstance(answer, Lost) and not batch.deaths:
         return [batch._replace(deaths=1)], ""
     return batch.halves(), answer.reason

@@ -240,23 +240,26 @@ class Store:
         Args:
             like: one example, (*x): the shape and dtype of stored points.
         """
+        count = "SELECT count(*), count(point) FROM unit WHERE stage = ?"
+        units, pointed = self.connection.execute(count, (stage,)).fetchone()
+        kind = like.cpu().numpy().dtype
+        points = np.empty((units if pointed else 0, *like.shape), kind)
         found: list[tuple[Any, ...]] = []
         wrong: list[int] = []
         for unit in self.connection.execute(f"{UNITS} WHERE stage = ? ORDER BY example", (stage,)):
-            if _checksum(unit[:-1]) == unit[-1]:
-                found.append(unit[1:-1])
-            else:
+            if _checksum(unit[:-1]) != unit[-1]:
                 wrong.append(unit[1])
+                continue
+            _, row, low, high, radius, point, spent, passes, _ = unit
+            if pointed:
+                points[len(found)] = np.frombuffer(point, kind).reshape(like.shape)
+            found.append((row, low, high, radius, spent, passes))
         if wrong:
             self._drop(stage, wrong)
         if not found:
             return None
-        rows, lower, upper, rounding, points, seconds, work = zip(*found, strict=True)
-        kind = like.cpu().numpy().dtype
-        witness = None
-        if points[0] is not None:
-            arrays = np.stack([np.frombuffer(p, kind).reshape(like.shape) for p in points])
-            witness = torch.from_numpy(arrays).to(like.device)
+        rows, lower, upper, rounding, seconds, work = zip(*found, strict=True)
+        witness = torch.from_numpy(points[: len(found)]).to(like.device) if pointed else None
         evidence = tuple(Evidence(stage, s, w) for s, w in zip(seconds, work, strict=True))
         part = Bracket(
             torch.tensor(lower, dtype=torch.float64),

@@ -127,6 +127,7 @@ class Team:
         self,
         take: Callable[[], tuple[T, float] | None],
         send: Callable[[T], Any] = lambda task: task,
+        deadline: float = math.inf,
     ) -> Iterator[tuple[T, Any]]:
         """(task, answer) in the order of the answers: what handling returned, `Raised` or `Lost`.
 
@@ -134,6 +135,7 @@ class Team:
             take: the next task and its seconds, or None when there is none now; it is asked when a worker is free, so
                 that tasks may depend on earlier answers. The end is when no worker is busy and there is none.
             send: a task as the workers get it.
+            deadline: of ``time.monotonic()``, after which a task is lost that waits for a worker to start.
 
         Raises:
             WorkerError: workers do not start.
@@ -154,17 +156,21 @@ class Team:
                         free[0].give(task, send(task), seconds)
                         held = None
                         continue
-                yield from self._listen()
+                    if time.monotonic() >= deadline:
+                        yield held[0], Lost(None)
+                        held = None
+                        continue
+                yield from self._listen(deadline if held else math.inf)
         finally:
             left = [w for w in self.workers if w.task is not None]
             self.workers = [w for w in self.workers if w.task is None]
             for worker in left:  # nobody waits for their answers any more
                 worker.end()
 
-    def _listen(self) -> Iterator[tuple[Any, Any]]:
-        """Wait for the first answers."""
+    def _listen(self, deadline: float) -> Iterator[tuple[Any, Any]]:
+        """Wait for the first answers, or until ``deadline``."""
         watched = [w for w in self.workers if w.task is not None or not w.ready]
-        pause = max(0.0, min(w.until for w in watched) - time.monotonic())
+        pause = max(0.0, min(deadline, *(w.until for w in watched)) - time.monotonic())
         ready = wait([w.connection for w in watched], min(pause, LONGEST))
         for worker in watched:
             if worker.connection in ready:
