@@ -24,6 +24,12 @@ RESULTS = {
 }
 
 
+SCRIPTS = {
+    "calipers": "from calipers.cli import main; main()",
+    "calipers-check": "from calipers_check.__main__ import script; script()",
+}
+
+
 def python(*arguments: str, folder: Path) -> str:
     """What a fresh interpreter prints; warnings are errors there too."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -81,11 +87,10 @@ def test_the_readmes_code_runs(tmp_path: Path) -> None:
     script.write_text("\n".join(BLOCK.findall(readme)))
     python(str(script), folder=tmp_path)
     section = readme.partition("## Verify a property")[2]
-    program = tmp_path / "calipers"
-    program.write_text(
-        f'#!/bin/sh\nexec {sys.executable} -c "from calipers.cli import main; main()" "$@"\n'
-    )
-    program.chmod(0o755)
+    for name, start in SCRIPTS.items():
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{start}" "$@"\n')
+        program.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
         ["sh", "-e", "-c", SHELL.findall(section)[0]],
