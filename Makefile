@@ -18,7 +18,7 @@ audit: $(VENV)/installed          ## bracket the robust accuracy of the built-in
 	$(BIN)/calipers audit --budget 60s --report audit.html
 
 test: $(VENV)/tools               ## all tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: $(VENV)/tools              ## format, lint, types
 	$(BIN)/ruff format --check .
