@@ -456,6 +456,10 @@ class Engine:
         value = self.steps[k].sources[0]
         start, rows = self.units(value, element, sign, owner)
         found = self.least(view, self.pull(view, start, rows, choices), owner)
+        if not self.exact:
+            found = np.where(
+                np.isfinite(found), found, math.nan
+            )  # a sum that overflows says nothing
         low, high = (np.array(v) for v in view.known[k])
         below = sign > 0
         np.fmax.at(low, (owner[below], element[below]), found[below])

@@ -117,11 +117,11 @@ class _Query:
                 pass
             case ["declare-const" | "declare-fun", str(name), *_]:
                 match = _FLAT.fullmatch(name)
-                if match is None:
+                if match is None or self.tensors:
                     raise Unusable(f"property: variable {name[:40]!r} is neither X_i nor Y_j")
                 self.flat[match[1]] = max(self.flat[match[1]], int(match[2]) + 1)
             case ["declare-network", str(), *declarations]:
-                if self.tensors:
+                if self.tensors or any(self.flat.values()):
                     raise Unusable("property: more than one network")
                 for declaration in declarations:
                     self.declare(declaration)
