@@ -137,8 +137,9 @@ class Proof:
         nodes = nodes._replace(open=still)
         nodes = self._trimmed(nodes, found)
         leaf = self.tree.child[nodes.node] == 0
-        for i in np.flatnonzero(leaf & nodes.open.any(1)):
-            self._last_resort(nodes.at(slice(i, i + 1)), found, int(i))
+        left = np.flatnonzero(leaf & nodes.open.any(1))
+        if len(left):
+            self._leaves(nodes, found, left)
         return nodes.at(nodes.open.any(1) & ~leaf)
 
     def _empty(self, nodes: Open) -> Array:
@@ -170,6 +171,11 @@ class Proof:
             good &= ~every
             proved[some.owner[good], some.clause[good]] = True
         return proved
+
+    def _leaves(self, nodes: Open, found: Sequence[Found], left: Array) -> None:
+        """Leaves of the batch that are not proved yet, by their places."""
+        for i in left:
+            self._last_resort(nodes.at(slice(i, i + 1)), found, int(i))
 
     def _last_resort(self, node: Open, found: Sequence[Found], place: int) -> None:
         """The proofs of one node in rational arithmetic; or refuse.
