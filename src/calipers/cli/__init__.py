@@ -66,6 +66,12 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the result as J
 Softmax = Annotated[
     bool, typer.Option("--allow-softmax", help="Measure a model that returns probabilities.")
 ]
+Diagnose = Annotated[
+    bool,
+    typer.Option(
+        help="Also check, on at most 60 examples, whether the attacks' failures should be believed."
+    ),
+]
 
 
 def main() -> None:
@@ -165,6 +171,7 @@ def audit(
         str | None,
         typer.Option(metavar="SHARE", help="Stop when the interval is as narrow as this: 0.5%."),
     ] = None,
+    diagnose: Diagnose = False,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
@@ -186,6 +193,7 @@ def audit(
         threads=threads,
         worker_memory=worker_memory,
         precision=precision,
+        diagnose=diagnose,
     )
     if interrupted:
         raise typer.Exit(130)
@@ -229,12 +237,7 @@ def attack(
             help="Spend nothing on robust examples: an audit's JSON, or bools in an .npy file.",
         ),
     ] = None,
-    diagnose: Annotated[
-        bool,
-        typer.Option(
-            help="Also check, on at most 60 examples, whether the attack's failures should be believed."
-        ),
-    ] = False,
+    diagnose: Diagnose = False,
     save: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep all witnesses, a picture and texts in this folder."),

@@ -97,6 +97,7 @@ def audit(
     threads: int,
     worker_memory: str | None,
     precision: str | None,
+    diagnose: bool,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -129,6 +130,7 @@ def audit(
             worker_memory=worker_memory,
             loader=subject.loader(data),
             precision=narrow,
+            diagnose=diagnose,
         )
     console().print(result.table())
     if json_file is not None:

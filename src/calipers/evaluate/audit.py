@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from calipers import __version__
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
+from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.result import Audit
@@ -53,6 +55,7 @@ def audit(
     worker_memory: int | str | None = None,
     loader: Callable[[], Network] | None = None,
     precision: float = 0.0,
+    diagnose: bool = False,
 ) -> Audit:
     """certified accuracy <= robust accuracy <= empirical accuracy, with a bracket per example.
 
@@ -82,6 +85,8 @@ def audit(
             an equal share of the machine's memory if None.
         loader: makes the same network again, for workers to which ``model`` cannot be sent.
         precision: stop when certified and empirical accuracy are no further apart than this share.
+        diagnose: also check, on at most 60 of the examples, whether the attacks' failures should be believed
+            (`calipers.diagnose`); after the time limit, which does not count it.
 
     Raises:
         ModelError, DataError: a check before measuring failed.
@@ -138,6 +143,10 @@ def audit(
             bracket, rows, stopped, cut = fold(job, stages, store)
             mended = () if store is None else tuple(store.notes)
         adversarial = _predictions(network, bracket, checks.logits)
+        findings: tuple[Finding, ...] = ()
+        if diagnose and stopped != "interrupted":
+            few, _ = sample(part, min(DIAGNOSED, len(part)), seed)
+            findings = diagnosis(network, few, threat, seed)
     earlier = sum(r.stored for r in rows)
     notes = (
         *checks.notes,
@@ -164,6 +173,7 @@ def audit(
         differences=dict(checks.differences),
         identity=identity,
         deployed=deployed,
+        findings=findings,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Bracket, Verdict
 from calipers.confidence import clopper_pearson
 from calipers.data import Data
@@ -64,6 +65,7 @@ class Audit:
         differences: comparison of evaluations -> largest difference of an output.
         identity: versions and content digests, as stored in a run directory.
         deployed: whether certified speaks of the executed network too, its rounding included.
+        findings: of the diagnostics, if they were asked for.
     """
 
     threat: ThreatModel
@@ -83,6 +85,7 @@ class Audit:
     differences: Mapping[str, float]
     identity: Mapping[str, Any]
     deployed: bool = False
+    findings: tuple[Finding, ...] = ()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -204,6 +207,10 @@ class Audit:
             "data": self.data.name,
             "seed": self.seed,
             "notes": list(self.notes),
+            "diagnostics": [
+                {**vars(f), "value": f.value if math.isfinite(f.value) else str(f.value)}
+                for f in self.findings
+            ],
             "largest_difference_of_outputs": dict(self.differences),
             "identity": dict(self.identity),
             "environment": environment(),

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from calipers.attacks.diagnostics import lines
 from calipers.bracket import Verdict
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def audit_table(audit: Audit) -> Group:
             )
         )
     parts += [Text(note, style="italic") for note in audit.notes]
+    parts += [Text(line) for line in lines(audit.findings)]
     return Group(*parts)
 
 
