@@ -37,9 +37,6 @@ from calipers.evaluate.witnesses import (
 from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
-from calipers.seeds import seeds as seeds_of
-from calipers.sets import ThreatModel
-from calipers.spec import Spec
 from calipers.vnnlib import load as load_query
 
 
