@@ -98,6 +98,8 @@ def audit(
     worker_memory: str | None,
     precision: str | None,
     diagnose: bool,
+    ray: str | None,
+    comparisons: int,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -131,6 +133,8 @@ def audit(
             loader=subject.loader(data),
             precision=narrow,
             diagnose=diagnose,
+            ray=ray,
+            comparisons=comparisons,
         )
     console().print(result.table())
     if json_file is not None:

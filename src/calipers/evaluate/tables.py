@@ -53,6 +53,7 @@ def audit_table(audit: Audit) -> Group:
         _bar(robust, audit.unknown, broken),
         verdicts,
         numbers,
+        *(map(Text, audit.sampling.lines()) if audit.sampling else ()),
         _methods(audit),
     ]
     if audit.stopped:
