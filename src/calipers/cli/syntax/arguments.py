@@ -47,3 +47,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the result as J
 Softmax = Annotated[
     bool, typer.Option("--allow-softmax", help="Measure a model that returns probabilities.")
 ]
+Diagnose = Annotated[
+    bool,
+    typer.Option(
+        help="Also check, on at most 60 examples, whether the attacks' failures should be believed."
+    ),
+]

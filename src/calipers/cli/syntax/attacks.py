@@ -11,6 +11,7 @@ from calipers.cli.syntax.application import app
 from calipers.cli.syntax.arguments import (
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
@@ -62,12 +63,7 @@ def attack(
             help="Spend nothing on robust examples: an audit's JSON, or bools in an .npy file.",
         ),
     ] = None,
-    diagnose: Annotated[
-        bool,
-        typer.Option(
-            help="Also check, on at most 60 examples, whether the attack's failures should be believed."
-        ),
-    ] = False,
+    diagnose: Diagnose = False,
     save: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep all witnesses, a picture and texts in this folder."),

@@ -11,6 +11,7 @@ from calipers.cli.syntax.application import app
 from calipers.cli.syntax.arguments import (
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
@@ -36,6 +37,13 @@ def audit(
     samples: Annotated[
         int | None, typer.Option(help="Audit this many examples, drawn at random.")
     ] = None,
+    comparisons: Annotated[
+        int,
+        typer.Option(
+            metavar="M",
+            help="Audits of this sample (several eps, say) that its confidence is for, together.",
+        ),
+    ] = 1,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")
     ] = None,
@@ -86,6 +94,14 @@ def audit(
         str | None,
         typer.Option(metavar="SHARE", help="Stop when the interval is as narrow as this: 0.5%."),
     ] = None,
+    diagnose: Diagnose = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Measure on a Ray cluster; auto starts one here unless RAY_ADDRESS names one.",
+        ),
+    ] = None,
 ) -> None:
     """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
     from calipers.cli import commands
@@ -107,6 +123,9 @@ def audit(
         threads=threads,
         worker_memory=worker_memory,
         precision=precision,
+        diagnose=diagnose,
+        ray=ray,
+        comparisons=comparisons,
     )
     if interrupted:
         raise typer.Exit(130)
