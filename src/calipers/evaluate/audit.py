@@ -18,7 +18,8 @@ from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.limits import bytes_of
-from calipers.evaluate.result import Audit
+from calipers.evaluate.nested import carried, keep, require_related, row
+from calipers.evaluate.result import Audit, threat_identity
 from calipers.evaluate.spread import Spread, team
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
@@ -53,6 +54,7 @@ def audit(
     worker_memory: int | str | None = None,
     loader: Callable[[], Network] | None = None,
     precision: float = 0.0,
+    known: Sequence[Audit] = (),
 ) -> Audit:
     """certified accuracy <= robust accuracy <= empirical accuracy, with a bracket per example.
 
@@ -82,6 +84,8 @@ def audit(
             an equal share of the machine's memory if None.
         loader: makes the same network again, for workers to which ``model`` cannot be sent.
         precision: stop when certified and empirical accuracy are no further apart than this share.
+        known: audits of the same model and data at other radii of the same threat model, which `calipers.curve` makes:
+            certificates of larger sets and witnesses from smaller ones hold here, too, and cost nothing.
 
     Raises:
         ModelError, DataError: a check before measuring failed.
@@ -90,7 +94,7 @@ def audit(
         StoreError: ``run`` cannot be written, or another process writes there.
         SoundnessError: two methods contradict each other.
         WorkerError: workers do not start, or what is measured cannot be sent to them.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or an audit in ``known`` is of something else.
     """
     begin = time.perf_counter()
     limit = None if memory is None else bytes_of(memory)
@@ -106,10 +110,7 @@ def audit(
     network = model if isinstance(model, Network) else capture(model, part.x[:1])
     stages = tuple(default_cascade(network) if cascade is None else cascade)
     with evaluating(network.module):
-        runtime = onnxruntime_replica(network)
-        agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
-        if not isinstance(runtime, str):
-            agreeing["onnxruntime"] = runtime
+        agreeing, alone = evaluations(network, replicas)
         x, y = inputs(part.x, network, threat), part.y.to(network.device)
         checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
         overlap = overlaps(x, y, threat, memory=min(limit or OVERLAP_MEMORY, OVERLAP_MEMORY))
@@ -124,24 +125,30 @@ def audit(
             "deployed": deployed,
             "cascade": [stage.describe() for stage in stages],
         }
+        require_related(known, identity, positions, threat)
         deadline = math.inf if seconds is None else begin + seconds
-        keep = nullcontext() if run is None else Store(run, identity)
+        directory = nullcontext() if run is None else Store(run, identity)
         others = nullcontext() if workers is None else team(
             workers, network, stages, threat, seed=seed, replicas=replicas, deployed=deployed, memory=limit,
             threads=threads, cap=cap, loader=loader,
         )  # fmt: skip
-        with keep as store, interruptible() as pressed, others as staff:
+        with directory as store, interruptible() as pressed, others as staff:
             job = Job(
                 network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
                 deployed, limit, None if staff is None else Spread(staff, stages), workers or 1, precision,
             )  # fmt: skip
-            bracket, rows, stopped, cut = fold(job, stages, store)
+            given = carried(known, threat, network, x, y, job.replicas) if known else None
+            bracket, rows, stopped, cut = fold(job, stages, store, given)
+            if given is not None:
+                rows = [row(given), *rows]
+                if store is not None:
+                    keep(store, given)
             mended = () if store is None else tuple(store.notes)
-        adversarial = _predictions(network, bracket, checks.logits)
+        adversarial = predictions(network, bracket, checks.logits)
     earlier = sum(r.stored for r in rows)
     notes = (
         *checks.notes,
-        *((runtime,) if isinstance(runtime, str) else ()),
+        *alone,
         *((overlap.note(part.y, threat, positions),) if overlap else ()),
         *mended,
         *((DEPLOYED.format(str(x.dtype).removeprefix("torch.")),) if deployed else ()),
@@ -189,16 +196,6 @@ def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
     return to_grid(moved, threat.grid)
 
 
-def threat_identity(threat: ThreatModel) -> str:
-    """The threat model as a string that tells any two apart."""
-    parts = (
-        f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
-        for name, v in vars(threat).items()
-        if name != "p" and v is not None
-    )
-    return f"p={float(threat.p):g} {' '.join(parts)}"
-
-
 def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
     """``samples`` examples drawn without replacement, in the data's order, and their positions in it."""
     if samples is None or samples == len(data):
@@ -213,8 +210,19 @@ def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
     return part, rows
 
 
+def evaluations(
+    network: Network, replicas: Sequence[Model]
+) -> tuple[dict[str, Model], tuple[str, ...]]:
+    """What must agree before an example counts as broken, by name; and a note if onnxruntime is not among them."""
+    agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
+    runtime = onnxruntime_replica(network)
+    if isinstance(runtime, str):
+        return agreeing, (runtime,)
+    return {**agreeing, "onnxruntime": runtime}, ()
+
+
 @torch.no_grad()
-def _predictions(network: Network, bracket: Bracket, logits: Tensor) -> Tensor:
+def predictions(network: Network, bracket: Bracket, logits: Tensor) -> Tensor:
     """The class that the network predicts at each example's worst point, (N,); the clean class where there is none."""
     classes = logits.argmax(1)
     if bracket.witness is not None:

@@ -30,7 +30,13 @@ def audit(
     data: DataName = "digits",
     data_dir: DataDir = None,
     norm: Norm = "linf",
-    eps: Eps = "0.1",
+    eps: Annotated[
+        str,
+        typer.Option(
+            metavar="E,E,...",
+            help="Radius in input units, read exactly: 0.1 or 8/255; of several, a curve.",
+        ),
+    ] = "0.1",
     grid: Grid = None,
     mask: Mask = None,
     samples: Annotated[
