@@ -140,6 +140,7 @@ HEAVY = (
     "matplotlib",
     "safetensors",
     "PIL",
+    "cairosvg",
 )
 
 

@@ -90,6 +90,7 @@ def audit(
     run: Path | None,
     json_file: Path | None,
     report: Path | None,
+    figures: Path | None,
     seed: int,
     allow_softmax: bool,
     deployed: bool,
@@ -104,6 +105,11 @@ def audit(
     for option, file in (("--json", json_file), ("--report", report)):
         if file is not None:
             writable(option, file.absolute())
+    if figures is not None:
+        writable(
+            "--figures",
+            figures.absolute() / "curve.svg" if figures.is_dir() else figures.absolute(),
+        )
     limit = None if memory is None else bytes_of(memory)
     seconds = None if budget is None else seconds_of(budget)
     narrow = 0.0 if precision is None else share_of(precision, "--precision")
@@ -146,6 +152,9 @@ def audit(
     if report is not None:
         result.report(report)
         sys.stderr.write(f"report: {report}\n")
+    if figures is not None:
+        missing = result.figures(figures)
+        sys.stderr.write(f"figures: {figures}{missing and f' ({missing})'}\n")
     return result.stopped == "interrupted"
 
 

@@ -117,7 +117,13 @@ class Curve:
         from calipers.evaluate.report import render
         from calipers.files import write_atomically
 
-        write_atomically(path, render(self.main))
+        write_atomically(path, render(self.main, self, Path(path).parent))
+
+    def figures(self, folder: str | Path) -> str:
+        """The report's figures as SVG, PNG and PDF; why the last two are missing, or nothing."""
+        from calipers.evaluate.figures import figures, save
+
+        return save(folder, figures(self.main, self))
 
 
 def curve(

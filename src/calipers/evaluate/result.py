@@ -232,7 +232,13 @@ class Audit:
         from calipers.evaluate.report import render
         from calipers.files import write_atomically
 
-        write_atomically(path, render(self))
+        write_atomically(path, render(self, folder=Path(path).parent))
+
+    def figures(self, folder: str | Path) -> str:
+        """The report's figures as SVG, PNG and PDF; why the last two are missing, or nothing."""
+        from calipers.evaluate.figures import figures, save
+
+        return save(folder, figures(self))
 
 
 def threat_identity(threat: ThreatModel) -> str:

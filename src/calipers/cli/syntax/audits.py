@@ -65,6 +65,10 @@ def audit(
     ] = None,
     json: Json = None,
     report: Annotated[Path | None, typer.Option(help="Write the result as one HTML file.")] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the report's figures as SVG, PNG and PDF files."),
+    ] = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
@@ -104,6 +108,7 @@ def audit(
         run=run,
         json_file=json,
         report=report,
+        figures=figures,
         seed=seed,
         allow_softmax=allow_softmax,
         deployed=deployed,
