@@ -128,17 +128,18 @@ def heatmap(values: Array, reach: float, limits: tuple[float, float], about: str
     low, high = limits
     scaled = (values[::-1] - low) / (high - low) if high > low else values * 0
     side, x, y = 240.0, 44.0, 10.0
-    uri = data_uri(colours(scaled))
-    scale = data_uri(colours(np.linspace(1, 0, 64)[:, None]))
+    fine = max(1, 240 // len(scaled))  # whole pixels, because converters blur small pictures
+    uri = data_uri(colours(scaled).repeat(fine, 0).repeat(fine, 1))
+    scale = data_uri(colours(np.linspace(1, 0, 240)[:, None]).repeat(14, 1))
     fill = 'preserveAspectRatio="none"'
     out = [
         f'<image x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}" {fill} href="{uri}"/>',
         f'<rect class="frame" x="{x:g}" y="{y:g}" width="{side:g}" height="{side:g}"/>',
         f'<image x="{x + side + 14:g}" y="{y:g}" width="14" height="{side:g}" {fill} href="{scale}"/>',
-        f'<path class="zero" d="M{x + side / 2:g} {y:g}v{side:g}M{x:g} {y + side / 2:g}h{side:g}"/>',
+        f'<path class="cross" d="M{x + side / 2:g} {y:g}v{side:g}M{x:g} {y + side / 2:g}h{side:g}"/>',
     ]
     for value, at in ((high, y + 10), (low, y + side)):
-        out.append(f'<text x="{x + side + 34:g}" y="{at:g}">{value:.3g}</text>')
+        out.append(f'<text x="{x + side + 34:g}" y="{at:g}">{value:.2g}</text>')
     for value, at in ((-reach, 0.0), (0.0, side / 2), (reach, side)):
         out.append(
             f'<text x="{x + at:g}" y="{y + side + 16:g}" text-anchor="middle">{value:.3g}</text>'
@@ -154,7 +155,7 @@ def heatmap(values: Array, reach: float, limits: tuple[float, float], about: str
         f'<g transform="rotate(-90 9 {middle:g})"><text x="9" y="{middle:g}" text-anchor="middle">'
         "gradient's signs</text></g>"
     )
-    return as_svg(360, 292, out, about)
+    return as_svg(372, 292, out, about)
 
 
 def profiles(
@@ -163,7 +164,7 @@ def profiles(
     """Lines over one axis on a given scale, with a legend below."""
     low, high = limits
     span = (high - low) or 1.0
-    start, end, top, base = 56.0, 350.0, 10.0, 200.0
+    start, end, top, base = 60.0, 350.0, 10.0, 200.0
 
     def at(i: int, value: float) -> str:
         x = start + (end - start) * i / max(len(steps) - 1, 1)
@@ -172,7 +173,7 @@ def profiles(
     out = [f'<path class="ink" d="M{start:g} {top:g}V{base:g}H{end:g}"/>']
     for value in (low, high):
         y = base - (value - low) / span * (base - top)
-        out.append(f'<text x="{start - 5:g}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        out.append(f'<text x="{start - 5:g}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>')
     for value, x in ((float(steps[0]), start), (float(steps[-1]), end)):
         out.append(f'<text x="{x:g}" y="{base + 16:g}" text-anchor="middle">{value:.3g}</text>')
     for i, (name, values) in enumerate(series.items()):

@@ -20,7 +20,8 @@ STYLE = (
     "text{fill:#333;font:12px Helvetica,Arial,sans-serif}"
     ".robust{fill:#0072b2}.unknown{fill:#7f8992}.broken{fill:#c26a00}"
     ".plain{fill:#56606b}.plus{fill:#d55e00}.minus{fill:#005ab5}.ink{stroke:#56606b;fill:none}"
-    ".zero{stroke:#1b1f24;stroke-dasharray:4 3;fill:none}.frame,.grid-line{stroke:#d3d9df;fill:none}"
+    ".zero{stroke:#1b1f24;stroke-dasharray:4 3;fill:none}.cross{stroke:#fff;stroke-dasharray:2 4;opacity:.8;fill:none}"
+    ".frame,.grid-line{stroke:#d3d9df;fill:none}"
     "image{image-rendering:pixelated}.line{stroke-width:2}.band{opacity:.38}"
     ".faint{fill:#7f8992;opacity:.18}.robust-line{stroke:#0072b2}.broken-line{stroke:#c26a00}"
 )

@@ -145,6 +145,43 @@ def explain(
 
 
 @app.command()
+def landscape(
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    eps: Annotated[
+        str, typer.Option(metavar="E", help="How far along each direction, in input units.")
+    ] = "0.1",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL[=WEIGHTS]", help="Another network on the same scale; may be repeated."
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Points along each direction; an odd number.")] = 41,
+    own_scale: Annotated[
+        bool, typer.Option("--own-scale", help="Draw each network on a scale of its own.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="FILE.svg, .png, .pdf or .html.")
+    ] = None,
+    json: Json = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+) -> None:
+    """The loss and margin of one example over the gradient's signs and random ones, and how flat they are."""
+    from calipers.cli import commands, landscaping
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, "linf", eps)
+    landscaping.run(
+        subject, beside=beside or [], index=index, size=size, own_scale=own_scale, out=out,
+        json_file=json, seed=seed,
+    )  # fmt: skip
+
+
+@app.command()
 def inspect(
     model: Annotated[
         str, typer.Argument(help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo.")
