@@ -294,6 +294,24 @@ def diff(
         raise typer.Exit(1)
 
 
+@runs.command("compare")
+def compare_runs(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Runs of calipers audit --run, curves included."),
+    ],
+    report: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
+) -> None:
+    """Two or more runs side by side on one page: brackets, curves, and which examples changed sides.
+
+    Exit code 1 if two that measured the same thing contradict each other.
+    """
+    from calipers.cli import running
+
+    if not running.side_by_side(directories, report):
+        raise typer.Exit(1)
+
+
 @runs.command()
 def export(
     run: Run,
