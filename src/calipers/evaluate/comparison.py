@@ -56,15 +56,15 @@ class Pair(NamedTuple):
     contradictions: int
 
 
-def sides(directories: Sequence[str | Path]) -> list[Side]:
+def sides(directories: Sequence[str | Path], least: int = 2) -> list[Side]:
     """The runs in ``directories``: run directories, or those that hold one for each radius of a curve.
 
     Raises:
-        ValueError: fewer than two, or one twice.
+        ValueError: fewer than ``least``, or one twice.
         DataError, StoreMismatch: one is no run directory, or damaged.
     """
     paths = [Path(d) for d in directories]
-    if len(paths) < 2 or len({p.resolve() for p in paths}) < len(paths):
+    if len(paths) < least or len({p.resolve() for p in paths}) < len(paths):
         raise ValueError(
             f"runs: {', '.join(map(str, paths)) or 'none'}; name two or more different ones"
         )

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from calipers.bracket import Verdict
+from calipers.data import Data
 from calipers.evaluate.pictures import Array, as_change, as_image, data_uri, vector_bars
 from calipers.evaluate.result import Audit
 
@@ -127,7 +128,7 @@ def _shown(look: Look, i: int, said: tuple[Said, ...]) -> Shown:
         if delta is None
         else f"{np.linalg.vector_norm(delta.ravel(), ord=float(audit.threat.p)):.4g}"
     )
-    low, high = bounds_of(audit)
+    low, high = bounds_of_data(audit.data)
     scale = (high - low) or 1.0
     span = look.spans[i] if look.spans else ("", "")
     return Shown(
@@ -219,12 +220,12 @@ def _certificate(audit: Audit, i: int, folder: Path | None) -> tuple[str, str] |
     return file.name, "" if ".." in way.parts else "./" + quote(way.as_posix())
 
 
-def bounds_of(audit: Audit) -> tuple[float, float]:
+def bounds_of_data(data: Data) -> tuple[float, float]:
     """What black and white stand for: the domain where it is finite, else the range of the data."""
-    low, high = (torch.as_tensor(v).double() for v in (audit.data.lower, audit.data.upper))
+    low, high = (torch.as_tensor(v).double() for v in (data.lower, data.upper))
     if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
         return low.min().item(), high.max().item()
-    return audit.x.min().item(), audit.x.max().item()
+    return data.x.min().item(), data.x.max().item()
 
 
 def picture(values: Array, limit: float | None = None) -> Picture:

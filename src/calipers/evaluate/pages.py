@@ -28,6 +28,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters["percent"] = percent
+    made.filters["jsnumber"] = lambda value: repr(value).replace("inf", "Infinity")
     return made
 
 
@@ -55,3 +56,8 @@ def page(template: str, **values: Any) -> str:
             **values,
         )
     )
+
+
+def live(template: str, **values: Any) -> str:
+    """A page of the explorer, which serves style and scripts as files."""
+    return _environment().get_template(template).render(**values)

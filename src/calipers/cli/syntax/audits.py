@@ -326,3 +326,32 @@ def export(
     from calipers.cli import running
 
     running.export(run, out)
+
+
+@app.command()
+def serve(
+    run: Run,
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    norm: Norm = "linf",
+    grid: Grid = None,
+    mask: Mask = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but this machine needs the token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8330,
+    token: Annotated[
+        str | None, typer.Option(envvar="CALIPERS_TOKEN", help="Ask for this one in any case.")
+    ] = None,
+) -> None:
+    """Explore RUN in a browser: its examples, brackets at any radius, attacks, bounds and loss surfaces, live.
+
+    MODEL, --data and the others as for the audit. Nothing is written.
+    """
+    from calipers.cli import commands, serving
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, "0", grid, mask)
+    serving.run(run, subject, host=host, port=port, token=token)
