@@ -207,6 +207,9 @@ def test_the_command_line_takes_a_list(run, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"eps-0.05", "eps-0.02", "eps-1_10"}
     assert [c["eps"] for c in json.loads(out.read_text())["curve"]] == ["0.02", "0.05", "1/10"]
     assert page.is_file()
+    code, _, err = run("gate", out, "--certified", "10%")
+    assert code == 2
+    assert "a curve over several radii" in err
     code, _, err = run("audit", "--eps", "0.05,abc")
     assert code == 2
     assert "cannot read 'abc'" in err

@@ -29,7 +29,6 @@ from calipers.serve.server import COOKIE, configured, loopback  # noqa: E402
 
 PAYLOAD = "</td><script>alert(1)</script><img src=x onerror=alert(2)>"
 THREAT = ThreatModel(math.inf, "0.1")
-pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from calipers.evaluate.cascade import select
 from calipers.models import load_model
 
 PAYLOAD = "</script><img src=https://evil.example/x onerror=alert(1)><svg onload=alert(2)>"
-pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture(scope="module")
