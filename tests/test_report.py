@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 import math
 import re
 import struct
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from calipers import ThreatModel, audit, curve
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Evidence, Verdict
 from calipers.data import Data, load
 from calipers.evaluate.cascade import select
@@ -128,6 +130,7 @@ def test_no_string_becomes_markup(result, payload):
         stopped=payload,
         differences={payload: 0.1},
         identity={payload: payload, "list": [payload]},
+        findings=(Finding(payload, True, 1.0, 0.5, payload, payload, 1.0),),
         methods=(Row(payload, "attack", 1.0, 5, 2, payload, units=result.methods[0].units),),
         bracket=replace(
             result.bracket,
@@ -331,3 +334,25 @@ def test_every_colour_class_of_a_page_has_a_colour_in_files(curved):
     used = {c for names in re.findall(r'class="([^"]+)"', drawn) for c in names.split()}
     style = re.findall(r"<style>(.*?)</style>", drawn)[0]
     assert all(f".{c}" in style and f".{c}" in asset("style.css") for c in used)
+
+
+def test_diagnosed_attacks_stand_in_the_report(run, tmp_path):
+    page, out = tmp_path / "r.html", tmp_path / "r.json"
+    code, said, _ = run(
+        "audit",
+        "--samples",
+        20,
+        "--methods",
+        "fgsm,crown",
+        "--diagnose",
+        "--report",
+        page,
+        "--json",
+        out,
+    )
+    assert code == 0
+    names = [f["name"] for f in json.loads(out.read_text())["diagnostics"]]
+    assert len(names) >= 5
+    for name in names:
+        assert f"attacks, {name}" in page.read_text()
+        assert name in said

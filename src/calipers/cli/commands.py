@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calipers.attacks import ATTACKS, LEVELS
+from calipers.attacks.diagnostics import lines
 from calipers.bounds import BOUNDS
 from calipers.cli.options import seconds_of, shape_of, share_of, writable
 from calipers.data import Data, load, load_mask
@@ -30,6 +31,7 @@ from calipers.evaluate import curve as run_curve
 from calipers.evaluate import explain as run_explain
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.curve import folder as run_folder
+from calipers.evaluate.diagnosed import diagnosed
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.limits import bytes_of
 from calipers.exact import EXACT
@@ -91,6 +93,7 @@ def audit(
     json_file: Path | None,
     report: Path | None,
     figures: Path | None,
+    diagnose: bool,
     seed: int,
     allow_softmax: bool,
     deployed: bool,
@@ -145,6 +148,8 @@ def audit(
             precision=narrow,
         )
     console().print(result.table())
+    if diagnose:
+        result = _diagnosed(result, network, seed)
     if json_file is not None:
         write_atomically(json_file, json.dumps(result.json(), indent=2, allow_nan=False) + "\n")
     if certificates is not None:
@@ -156,6 +161,17 @@ def audit(
         missing = result.figures(figures)
         sys.stderr.write(f"figures: {figures}{missing and f' ({missing})'}\n")
     return result.stopped == "interrupted"
+
+
+def _diagnosed(result: Audit | Curve, network: Network, seed: int) -> Audit | Curve:
+    """The result with what speaks against its attacks, which is printed; of a curve, at its main radius."""
+    main = result if isinstance(result, Audit) else result.main
+    found = replace(main, findings=tuple(diagnosed(network, main.data, main.threat, seed)))
+    for line in lines(found.findings):
+        console().print(line, markup=False, highlight=False, soft_wrap=True)
+    if isinstance(result, Audit):
+        return found
+    return result.each(lambda one: found if one is main else one)
 
 
 def _certified(result: Audit | Curve, network: Network, folder: Path) -> Audit | Curve:

@@ -192,6 +192,10 @@ def diagnostics(audit: Audit, curve: Curve | None = None) -> Iterator[tuple[str,
         if counts:
             said = ", ".join(f"{name} {n}" for name, n in counts.most_common())
             yield "certified by" if verdict is Verdict.ROBUST else "broken by", said
+    for finding in audit.findings:
+        remedy = f" Remedy: {finding.remedy}" if finding.warning else ""
+        state = "warning: " if finding.warning else ""
+        yield f"attacks, {finding.name}", f"{state}{finding.message}{remedy}"
     for row in audit.methods:
         if row.note:
             yield f"{row.name}: note", row.note

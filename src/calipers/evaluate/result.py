@@ -22,6 +22,8 @@ from calipers.sets import Number, ThreatModel
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from calipers.attacks.diagnostics import Finding
+
 NORM = {1.0: "l1", 2.0: "l2", math.inf: "linf"}
 
 
@@ -76,6 +78,7 @@ class Audit:
         differences: comparison of evaluations -> largest difference of an output.
         identity: versions and content digests, as stored in a run directory.
         deployed: whether certified speaks of the executed network too, its rounding included.
+        findings: of `calipers.diagnose`, where it was asked: whether failed attacks should be believed.
     """
 
     threat: ThreatModel
@@ -95,6 +98,7 @@ class Audit:
     differences: Mapping[str, float]
     identity: Mapping[str, Any]
     deployed: bool = False
+    findings: tuple[Finding, ...] = ()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -216,6 +220,10 @@ class Audit:
             "data": self.data.name,
             "seed": self.seed,
             "notes": list(self.notes),
+            "diagnostics": [
+                {"name": f.name, "warning": f.warning, "message": f.message, "remedy": f.remedy}
+                for f in self.findings
+            ],
             "largest_difference_of_outputs": dict(self.differences),
             "identity": dict(self.identity),
             "environment": environment(),

@@ -69,6 +69,13 @@ def audit(
         Path | None,
         typer.Option(metavar="DIR", help="Write the report's figures as SVG, PNG and PDF files."),
     ] = None,
+    diagnose: Annotated[
+        bool,
+        typer.Option(
+            "--diagnose",
+            help="Also check, on at most 60 examples, whether failed attacks should be believed.",
+        ),
+    ] = False,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
@@ -109,6 +116,7 @@ def audit(
         json_file=json,
         report=report,
         figures=figures,
+        diagnose=diagnose,
         seed=seed,
         allow_softmax=allow_softmax,
         deployed=deployed,
