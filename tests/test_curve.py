@@ -14,7 +14,7 @@ import calipers as cp
 from calipers import ThreatModel, audit, curve
 from calipers.bracket import Verdict
 from calipers.data import load
-from calipers.evaluate.cascade import select
+from calipers.evaluate.cascade import Stage, select
 from calipers.evaluate.curve import folder, halving
 from calipers.evaluate.nested import radius
 from calipers.evaluate.runs import read
@@ -103,6 +103,40 @@ def test_run_directories_say_the_same_and_go_on(found, network):
     # an audit of one radius takes the same directory
     single = audit(network, digits(), result.audits[2].threat, run=run / "eps-0.1", cascade=KEPT)
     assert sum(r.stored for r in single.methods) > 0
+
+
+def shy(model, region, spec, *, dtype, seeds):
+    """An attack that finds nothing in large sets."""
+    small = float(region.eps[0]) < 0.05
+    return (
+        cp.pgd(model, region, spec, dtype=dtype, seeds=seeds) if small else region.center.to(dtype)
+    )
+
+
+def bold(network, region, spec, **options):
+    """A bound that proves nothing about small sets."""
+    values = cp.crown(network, region, spec, **options)
+    return values if float(region.eps[0]) > 0.05 else torch.full_like(values, -math.inf)
+
+
+def test_what_one_radius_decides_reaches_all_others_and_their_directories(tmp_path):
+    network = load_model("digits_standard")
+    stages = (*select(["clean"]), Stage("shy", "attack", shy), Stage("bold", "bound", bold))
+    eps = ("0.01", "0.03", "0.04", "0.06", "0.07")
+    found = curve(network, digits(), THREAT, eps, run=tmp_path, cascade=stages)
+    shyly, boldly = found.audits[2], found.audits[3]  # the last radii at which each says anything
+    assert shyly.counts[Verdict.VULNERABLE] > 2
+    assert boldly.counts[Verdict.ROBUST] > 20
+    for place, one in enumerate(found.audits):
+        for i, verdict in enumerate(one.verdicts):
+            if place > 2 and shyly.verdicts[i] is Verdict.VULNERABLE:
+                assert verdict is Verdict.VULNERABLE
+            if place < 3 and boldly.verdicts[i] is Verdict.ROBUST:
+                assert verdict is Verdict.ROBUST
+                assert "bold at eps" in one.bracket.lower_evidence[i].method
+        stored = read(folder(tmp_path, one.threat))
+        assert [r.verdict for r in stored.records] == [v.name.lower() for v in one.verdicts]
+        assert torch.tensor([r.lower for r in stored.records]).equal(one.bracket.lower.float())
 
 
 def test_what_each_method_said_is_kept(found):
