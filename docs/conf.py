@@ -1,0 +1,70 @@
+"""How the site is built: `make docs`. Nothing is loaded from the network, neither by the build nor by the pages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+from calipers import __version__
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+TOOLS = DOCS / "_tools"
+sys.path.insert(0, str(TOOLS))
+# The kernels of the executed pages import `figures` and, in a checkout, this very package.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TOOLS), str(ROOT / "src")])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A profile of our own, so that the reader's IPython settings change no page.
+PROFILE = ROOT / "build" / "docs" / "ipython" / "profile_default"
+PROFILE.mkdir(parents=True, exist_ok=True)
+(PROFILE / "ipython_kernel_config.py").write_text(
+    "c = get_config()\nc.IPKernelApp.log_level = 40\n"
+)
+os.environ["IPYTHONDIR"] = str(PROFILE.parent)
+
+
+def _sources() -> str:
+    """A digest of all code that executed pages call: other code, other results."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "src").rglob("*.py"), *TOOLS.glob("*.py")]):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+project = "Calipers"
+author = "The Calipers developers"
+copyright = "the Calipers developers, MIT licence"  # noqa: A001 - Sphinx's name
+version = release = __version__
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+]
+exclude_patterns = ["_tools", "_build"]
+nitpicky = False
+suppress_warnings = ["config.cache"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"
+nb_execution_cache_path = os.environ.get(
+    "CALIPERS_DOCS_CACHE", str(ROOT / "build" / "docs" / f"executed-{_sources()}")
+)
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_execution_in_temp = True
+nb_merge_streams = True
+nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/svg+xml", 10)]
+
+html_theme = "furo"
+html_title = f"Calipers {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_show_sphinx = False
+html_copy_source = False
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
