@@ -1,0 +1,246 @@
+"""Commands that decide VNN-LIB queries, and those around them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calipers.cli.syntax.application import app
+from calipers.cli.syntax.arguments import Json, Seed
+
+
+@app.command()
+def verify(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="QUERY.vnnlib | MODEL.onnx QUERY.vnnlib",
+            help="The query, its network as --network; or both. Any may be gzipped.",
+        ),
+    ],
+    network: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE.onnx", help="The file of the network that the query declares."
+        ),
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="Time limit; none if left out.")
+    ] = None,
+    serialise_assignments: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write a counterexample as one TensorProto, VARIABLE.pb, each."
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="No counterexample that needs an input's bound rounded to the network's precision.",
+        ),
+    ] = False,
+    real: Annotated[
+        bool,
+        typer.Option("--real", help="Prove in real arithmetic whatever types the query declares."),
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what proves unsat, for calipers-check."),
+    ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Answer unsat without a certificate that the checker accepts."),
+    ] = False,
+    json: Json = None,
+    seed: Seed = 0,
+) -> None:
+    """Decide a VNN-LIB query: sat, unsat, unknown or timed-out as the first line, then a counterexample.
+
+    On piecewise-linear networks unsat means that calipers_check, the independent checker, accepted a certificate.
+
+    Everything else goes to stderr. Exit code 0 for an answer, unknown and timed-out included; 2 if the query or the
+    network cannot be read or do not fit, 3 if something failed that should not (stdout says unknown then); 130 after
+    Ctrl-C.
+    """
+    begin = time.perf_counter()  # the limit includes the import of torch
+    from calipers.cli import verifying
+
+    code = verifying.verify(
+        files,
+        begin=begin,
+        networks=network or [],
+        timeout=timeout,
+        folder=serialise_assignments,
+        exact=exact,
+        real=real,
+        memory=memory,
+        json_file=json,
+        seed=seed,
+        fast=fast,
+        certificate=certificate,
+    )
+    raise typer.Exit(code)
+
+
+Flag = Annotated[bool, typer.Option()]
+
+
+@app.command()
+def check(
+    certificate: Annotated[Path, typer.Argument(metavar="CERTIFICATE")],
+    network: Annotated[Path, typer.Option(metavar="FILE.onnx", help="May be gzipped.")],
+    property: Annotated[  # noqa: A002
+        Path | None,
+        typer.Option(metavar="FILE.vnnlib", help="If it is not written into the certificate."),
+    ] = None,
+) -> None:
+    """Check a certificate by the independent program calipers-check: exit code 0 accepted, 1 refused, 2 unusable."""
+    from calipers_check.__main__ import main as run
+
+    given = [] if property is None else ["--property", str(property)]
+    sys.exit(run([str(certificate), "--network", str(network), *given]))
+
+
+@app.command()
+def supports(
+    onnx_opset_versions: Flag = False,
+    onnx_element_types: Flag = False,
+    onnx_operators: Flag = False,
+    vnnlib_versions: Flag = False,
+    hidden_node_theories: Flag = False,
+    multiple_input_output_theories: Flag = False,
+    multiple_network_theories: Flag = False,
+    multiple_node_comparison_theories: Flag = False,
+    arithmetic_complexity_theories: Flag = False,
+    optimised_disjunctive_reasoning: Flag = False,
+    serialise_assignments: Flag = False,
+) -> None:
+    """What `verify` can decide, as the VNN-LIB standard asks for it: one line per entry."""
+    asked = [name for name, wanted in locals().items() if wanted]
+    if not asked:
+        raise ValueError("supports: name a capability, such as --onnx-operators")
+    from calipers.cli.supported import answer
+
+    typer.echo("\n".join(line for name in asked for line in answer(name)))
+
+
+@app.command()
+def bench(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="instances.csv | DIR",
+            help="Lines network,property,seconds; a benchmark's folder; or a folder of benchmarks.",
+        ),
+    ],
+    timeout_cap: Annotated[
+        str | None, typer.Option(metavar="TIME", help="At most this long for each: 30, 90s, 10m.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="CSV with a row per instance; goes on where an earlier run stopped."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that share the instances.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+    ] = None,
+    domains: Annotated[
+        int | None,
+        typer.Option(help="At most so many sub-problems for a box, whatever the machine."),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="As in calipers verify.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="As in calipers verify.")] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep counterexamples, as SUITE/NET_PROPERTY.counterexample.gz."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="F.svg", help="Instances solved against time.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Decide many VNN-LIB queries and compare with expected.csv where there is one.
+
+    Exit code 1 if a verdict is the opposite of the expected one.
+    """
+    from calipers.cli import benching
+
+    code = benching.run(
+        path, cap=timeout_cap, out=out, workers=workers, threads=threads, memory=memory,
+        domains=domains, exact=exact, fast=fast, save=save, plot=plot, json_file=json,
+    )  # fmt: skip
+    raise typer.Exit(code)
+
+
+vnncomp = typer.Typer(
+    help="The verification competition: scripts, results checked again, results compared.",
+    no_args_is_help=True,
+)
+app.add_typer(vnncomp, name="vnncomp")
+Benchmarks = Annotated[
+    Path, typer.Option(metavar="DIR", help="Where the benchmarks' networks and queries are.")
+]
+
+
+@vnncomp.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write install_tool.sh, post_install.sh, prepare_instance.sh and run_instance.sh into DIR."""
+    from calipers.cli import benching
+
+    benching.scripts(folder)
+
+
+@vnncomp.command()
+def score(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="RESULTS", help="A tool's folder: results.csv and counterexamples."),
+    ],
+    benchmarks: Benchmarks,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RESULTS", help="Another tool's folder, whose counterexamples count."),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Points by the rules of 2026: counterexamples replayed, bounds read as rounded and exactly.
+
+    Exit code 1 if any answer is incorrect.
+    """
+    from calipers.cli import benching
+
+    code = benching.rescore(folder, benchmarks=benchmarks, against=against or [], json_file=json)
+    raise typer.Exit(code)
+
+
+@vnncomp.command()
+def compare(
+    ours: Annotated[
+        Path, typer.Argument(metavar="OURS", help="CSV of calipers bench, or a results folder.")
+    ],
+    theirs: Annotated[
+        Path, typer.Argument(metavar="THEIRS", help="Another tool's results folder or CSV.")
+    ],
+    benchmarks: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Replay their counterexamples where verdicts contradict."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="F.svg", help="Instances solved against time.")
+    ] = None,
+) -> None:
+    """Two tools' verdicts side by side. Exit code 1 if any contradict each other."""
+    from calipers.cli import benching
+
+    raise typer.Exit(benching.peer(ours, theirs, benchmarks=benchmarks, plot=plot))

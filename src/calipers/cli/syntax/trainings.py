@@ -1,0 +1,139 @@
+"""Commands that train, and the data and experiments for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calipers.cli.syntax.application import app
+from calipers.cli.syntax.arguments import DataDir, Json
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting of the recipe, or a plain field of its run."
+    ),
+]
+Anyway = Annotated[
+    bool,
+    typer.Option("--anyway", help="Train without a GPU what needs one, however long it takes."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A name from --list.")
+    ] = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="The recipes, with what they need and give.")
+    ] = False,
+    settings: Settings = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep network, log and checkpoint here; goes on there."),
+    ] = None,
+    data_dir: DataDir = None,
+    json: Json = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard's files into DIR.")
+    ] = False,
+    anyway: Anyway = False,
+) -> None:
+    """Train a network by RECIPE: adversarially or for certificates, then measure it once on test data.
+
+    Several processes: torchrun --nproc-per-node N -m calipers.cli train RECIPE --run DIR.
+    """
+    from calipers.cli import training
+
+    if listed:
+        training.listing()
+        return
+    if recipe is None:
+        raise ValueError("RECIPE: name one; calipers train --list shows them")
+    interrupted = training.train(
+        recipe, settings=settings or [], directory=run, data_dir=data_dir, json_file=json,
+        tensorboard=tensorboard, anyway=anyway,
+    )  # fmt: skip
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command("compare")
+def compare_trainings(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of calipers train --run.")
+    ],
+) -> None:
+    """Trainings side by side: clean, empirical and certified accuracy, and cost."""
+    from calipers.cli import training
+
+    training.compare(runs)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As in calipers train.")],
+    vary: Annotated[
+        list[str],
+        typer.Option(metavar="KEY=A,B,...", help="A setting and its values; may be repeated."),
+    ],
+    run: Annotated[
+        Path, typer.Option(metavar="DIR", help="A folder for each training goes in here.")
+    ],
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    anyway: Anyway = False,
+) -> None:
+    """RECIPE once for each combination of values, then all side by side; goes on where it stopped."""
+    from calipers.cli import training
+
+    interrupted = training.sweep(
+        recipe, vary=vary, settings=settings or [], directory=run, data_dir=data_dir, anyway=anyway
+    )
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="mnist|cifar10")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where to; a cache folder, which is looked into, if left out."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="URL", help="Another address that has the files.")
+    ] = None,
+) -> None:
+    """Fetch a data set, checked byte by byte; it is read from there without --data-dir."""
+    from calipers.cli import training
+
+    training.fetch(name, data_dir, source)
+
+
+@app.command()
+def reproduce(
+    data_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The tutorial's weights and MNIST's four files.")
+    ],
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Attacks on a sample of the images.")
+    ] = False,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Claims whose section or description holds TEXT.")
+    ] = "",
+    json: Json = None,
+) -> None:
+    """The numbers that the tutorial of Kolter and Madry printed, computed again from its weights.
+
+    Exit code 1 if any differs without a known reason.
+    """
+    from calipers.cli import reproducing
+
+    if not reproducing.run(data_dir, fast=fast, only=only, json_file=json):
+        raise typer.Exit(1)
