@@ -33,6 +33,10 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
+import pages  # noqa: E402 - found by the line above
+
+pages.write()
+
 project = "Calipers"
 author = "The Calipers developers"
 copyright = "the Calipers developers, MIT licence"  # noqa: A001 - Sphinx's name

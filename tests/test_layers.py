@@ -37,7 +37,7 @@ BOUNDS = L2 | {"seeds", "programs"}
 L4 = BOUNDS | {"bounds"}
 L5 = L4 | {"attacks", "exact", "", "data"}  # "": the version
 TOP = L5 | {"downloads", "images", "evaluate", "models", "zoo", "api", "training", "recipes"}
-TOP |= {"reproduce", "cli"}
+TOP |= {"reproduce", "methods", "doctor", "cli"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
@@ -68,6 +68,8 @@ ALLOWED: dict[str, set[str]] = {
     "api": L5 | {"evaluate", "models", "zoo"},
     "recipes": TOP,
     "reproduce": L5 | {"training", "models"},
+    "methods": L5 | {"training"},
+    "doctor": L5,
     "cli": TOP,
     "": TOP,
 }

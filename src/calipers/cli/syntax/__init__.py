@@ -3,7 +3,7 @@
 Nothing heavy is imported here: each command imports what it runs.
 """
 
-from calipers.cli.syntax import attacks, audits, queries, trainings
+from calipers.cli.syntax import attacks, audits, machine, queries, trainings
 from calipers.cli.syntax.application import app
 
-__all__ = ["app", "attacks", "audits", "queries", "trainings"]
+__all__ = ["app", "attacks", "audits", "machine", "queries", "trainings"]

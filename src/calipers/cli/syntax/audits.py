@@ -161,11 +161,15 @@ def inspect(
 
 
 @app.command()
-def methods() -> None:
-    """Every method by the side it works on."""
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Only this one, with its card.")
+    ] = None,
+) -> None:
+    """Every method by the side it works on; of one, what it guarantees, costs, and when it is loose."""
     from calipers.cli import commands
 
-    commands.methods()
+    commands.methods(name)
 
 
 @app.command()
