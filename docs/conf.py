@@ -32,7 +32,12 @@ os.environ["IPYTHONDIR"] = str(PROFILE.parent)
 def _sources() -> str:
     """A digest of all code that executed pages call: other code, other results."""
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "src").rglob("*.py"), TOOLS / "figures.py", TOOLS / "shell.py"]):
+    for path in sorted(
+        [
+            *(ROOT / "src").rglob("*.py"),
+            *(TOOLS / f"{name}.py" for name in ("course", "figures", "shell")),
+        ]
+    ):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
