@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "exact": L4,
     "downloads": {"errors", "files"},
     "images": {"errors"},
-    "data": {"errors", "downloads", "images"},
+    "data": {"errors", "files", "downloads", "images"},
     "zoo": {"errors", "graph", "data"},
     "models": {"errors", "files", "graph", "zoo"},
     "training": L5 | {"zoo", "models"},

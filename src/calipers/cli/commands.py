@@ -93,6 +93,9 @@ def audit(
     threads: int,
     worker_memory: str | None,
     precision: str | None,
+    diagnose: bool,
+    ray: str | None,
+    comparisons: int,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -125,6 +128,9 @@ def audit(
             worker_memory=worker_memory,
             loader=subject.loader(data),
             precision=narrow,
+            diagnose=diagnose,
+            ray=ray,
+            comparisons=comparisons,
         )
     console().print(result.table())
     if json_file is not None:

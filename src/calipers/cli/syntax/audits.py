@@ -12,6 +12,7 @@ from calipers.cli.syntax.arguments import (
     Budget,
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
@@ -37,6 +38,13 @@ def audit(
     grid: Grid = None,
     mask: Mask = None,
     samples: Samples = None,
+    comparisons: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Audits of this sample (several eps, say) that its confidence is for, together.",
+        ),
+    ] = 1,
     budget: Budget = None,
     memory: Annotated[
         str | None,
@@ -89,6 +97,14 @@ def audit(
         str | None,
         typer.Option(metavar="SHARE", help="Stop when the bracket is this narrow: 0.5%."),
     ] = None,
+    diagnose: Diagnose = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Measure on a Ray cluster; auto starts one here unless RAY_ADDRESS names one.",
+        ),
+    ] = None,
 ) -> None:
     """Bracket the robust accuracy of MODEL on DATA.
 
@@ -113,6 +129,9 @@ def audit(
         threads=threads,
         worker_memory=worker_memory,
         precision=precision,
+        diagnose=diagnose,
+        ray=ray,
+        comparisons=comparisons,
     )
     if interrupted:
         raise typer.Exit(130)
