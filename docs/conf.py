@@ -1,4 +1,8 @@
-"""How the site is built: `make docs`. Nothing is loaded from the network, neither by the build nor by the pages."""
+"""How the site is built: `make docs`. Nothing is loaded from the network, neither by the build nor by the pages.
+
+What pages compute is kept and computed again when code in src changes. Whoever writes pages while code changes may set
+CALIPERS_DOCS_CACHE to a folder, whose results are then taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,12 @@ os.environ["IPYTHONDIR"] = str(PROFILE.parent)
 def _sources() -> str:
     """A digest of all code that executed pages call: other code, other results."""
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "src").rglob("*.py"), *TOOLS.glob("*.py")]):
+    for path in sorted(
+        [
+            *(ROOT / "src").rglob("*.py"),
+            *(TOOLS / f"{name}.py" for name in ("course", "figures", "shell")),
+        ]
+    ):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -45,7 +54,9 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "docstrings",
     "mathml",
+    "shell",
 ]
 exclude_patterns = ["_tools", "_build"]
 nitpicky = False
@@ -53,15 +64,24 @@ suppress_warnings = ["config.cache"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
+CACHE = Path(os.environ.get("CALIPERS_DOCS_CACHE") or ROOT / "build" / "docs" / f"run-{_sources()}")
+shell_cache = str(CACHE / "commands")
 nb_execution_mode = "cache"
-nb_execution_cache_path = os.environ.get(
-    "CALIPERS_DOCS_CACHE", str(ROOT / "build" / "docs" / f"executed-{_sources()}")
-)
+nb_execution_cache_path = str(CACHE / "pages")
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_in_temp = True
 nb_merge_streams = True
 nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/svg+xml", 10)]
+
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
+autodoc_member_order = "bysource"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"Calipers {release}"

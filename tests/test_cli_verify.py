@@ -233,7 +233,7 @@ def test_cold_start_is_quick(folder: Path) -> None:
         )
         return float(done.stderr.rsplit("cpu ", 1)[1])
 
-    torch_alone = cpu("import torch")
+    torch_alone = min(cpu("import torch") for _ in range(2))
     script = (
         "sys.argv[0] = 'calipers'\nfrom calipers.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"

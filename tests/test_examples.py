@@ -103,7 +103,9 @@ def test_the_readmes_code_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:2] == ["unsat", "sat"]
+    assert lines[:2] == ["unsat", "unsat"]
+    assert lines[2].startswith("accepted: ")
+    assert lines[3] == "sat"
     assert re.search(r"\S+ +2 +1 +1 +0 +0 +0", done.stdout)
     written = {p.name for p in tmp_path.iterdir()}
-    assert {"answer.json", "results.csv", "cactus.svg", "scripts"} < written
+    assert {"safe.cert", "answer.json", "results.csv", "cactus.svg", "scripts"} < written

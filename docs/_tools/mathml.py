@@ -25,7 +25,7 @@ def mathml(node: nodes.Element, display: str) -> str:
         tex = BELOW.sub(r"\1\\limits_", tex)
     try:
         drawn = convert(tex, display=display)
-    except Exception as error:  # noqa: BLE001 - whatever a converter raises is about the formula
+    except Exception as error:
         log.warning("formula %r: %r", tex, error, location=node)
         return f"<code>{tex}</code>"
     if unknown := LEFT_OVER.findall(drawn):

@@ -18,6 +18,7 @@ from calipers.bounds.lipschitz import lipschitz
 from calipers.exact import EXACT
 from calipers.training.linear import RobustLogisticRegression, RobustSVM
 from calipers.training.objectives import OBJECTIVES
+from calipers.training.smoothing import smoothed
 
 
 class Card(NamedTuple):
@@ -255,6 +256,7 @@ BOUND_CARDS = {
     ),
 }
 FURTHER: dict[str, Callable[..., Any]] = {
+    "smoothed": smoothed,
     "falsify": falsify,
     "lipschitz": lipschitz,
     "deviation": deviation,
@@ -262,6 +264,13 @@ FURTHER: dict[str, Callable[..., Any]] = {
     "RobustSVM": RobustSVM,
 }
 FURTHER_CARDS = {
+    "smoothed": Card(
+        "For each example, wrong with probability at most `failure`: the smoothed classifier, not the network, keeps "
+        "its class within the l2 radius. Never part of a bracket, which holds no probabilities.",
+        "a pass for each draw of noise: thousands",
+        "The network was not trained under this noise; radii are limited by the number of draws.",
+        "Cohen, Rosenfeld, Kolter: Certified adversarial robustness via randomized smoothing. ICML 2019.",
+    ),
     "falsify": Card(
         POINTS,
         "rounds of about 0.1 s of samples and 100 to 300 gradients, until time is up",
@@ -315,8 +324,7 @@ OBJECTIVE_CARDS = {
         "Empirical risk minimisation; no paper.",
     ),
     "smoothing": Card(
-        "The loss under Gaussian noise; nothing about any single change. No probabilistic "
-        "certificates are computed here.",
+        "The loss under Gaussian noise; nothing about any single change.",
         "a gradient: 2 passes",
         "As a measure of worst-case robustness, always.",
         "Cohen, Rosenfeld, Kolter: Certified adversarial robustness via randomized smoothing. ICML "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -80,8 +81,12 @@ def input_gradient(y: Tensor, point: Tensor, toward: Tensor) -> Tensor:
     Raises:
         ModelError: ``y`` depends on parameters alone, or an operator has no derivative.
     """
+    # torch imports sympy (0.4 s) to compare two shapes; a single number has none, but takes two operations more
+    seed: tuple[Tensor, Tensor | None] = (y, toward)
+    if "torch.fx.experimental.symbolic_shapes" not in sys.modules:
+        seed = (torch.dot(y.reshape(-1), toward.reshape(-1)), None)
     try:
-        (gradient,) = torch.autograd.grad(y, point, toward, allow_unused=True)
+        (gradient,) = torch.autograd.grad(seed[0], point, seed[1], allow_unused=True)
     except RuntimeError as error:
         if "derivative for" not in str(error) and not isinstance(error, NotImplementedError):
             raise

@@ -9,9 +9,9 @@ from calipers.cli.syntax.application import app
 
 @app.command()
 def doctor() -> None:
-    """Is this machine fit to measure: packages, arithmetic, solver, ONNX, and bounds against attacks.
+    """Check whether this machine is fit to measure.
 
-    Exit code 1 if anything fails.
+    Packages, arithmetic, solver, ONNX, and the order of bounds, minima and attacks. Exit code 1 if anything fails.
     """
     from calipers.cli import examining
 
