@@ -6,7 +6,7 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import figures
 
@@ -63,18 +63,25 @@ def _values(values: Sequence[float], most: int = 3) -> str:
     return ", ".join(f"{v:.5g}" for v in values[:most]) + (", ..." if len(values) > most else "")
 
 
+class Change(NamedTuple):
+    """What is drawn in red and blue around 0, not as an image."""
+
+    values: Any
+
+
 def images(
     rows: Sequence[Sequence[Any]], titles: Sequence[Sequence[str]], size: float = 1.1
 ) -> Any:
-    """A grid of square images in [0, 1], or changes (any with a negative value), with a title above each."""
+    """A grid of square images in [0, 1], or of a `Change`, with a title above each."""
     fig, axes = figures.new(
         size * len(rows[0]), (size + 0.25) * len(rows), len(rows), len(rows[0]), squeeze=False
     )
     for line, names, across in zip(rows, titles, axes, strict=True):
         for image, name, ax in zip(line, names, across, strict=True):
-            pixels = image.detach().squeeze().numpy()
-            if pixels.min() < 0:
-                limit = abs(pixels).max()
+            change = isinstance(image, Change)
+            pixels = (image.values if change else image).detach().squeeze().numpy()
+            if change:
+                limit = abs(pixels).max() or 1.0
                 ax.imshow(pixels, cmap="RdBu", vmin=-limit, vmax=limit)
             else:
                 ax.imshow(pixels, cmap="gray_r", vmin=0, vmax=1)
