@@ -157,7 +157,7 @@ def audit(
         threat=threat,
         data=part,
         positions=positions,
-        name=name or network.source or type(network.module).__name__,
+        name=name or Path(network.source or "").name or type(network.module).__name__,
         logits=checks.logits,
         bracket=bracket,
         adversarial=adversarial,
