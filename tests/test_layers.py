@@ -37,7 +37,7 @@ BOUNDS = L2 | {"seeds", "programs"}
 L4 = BOUNDS | {"bounds"}
 L5 = L4 | {"attacks", "exact", "", "data"}  # "": the version
 TOP = L5 | {"downloads", "images", "evaluate", "models", "zoo", "api", "training", "recipes"}
-TOP |= {"reproduce", "cli", "serve"}
+TOP |= {"reproduce", "methods", "doctor", "cli", "serve"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeds": {"errors"},
@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "exact": L4,
     "downloads": {"errors", "files"},
     "images": {"errors"},
-    "data": {"errors", "downloads", "images"},
+    "data": {"errors", "files", "downloads", "images"},
     "zoo": {"errors", "graph", "data"},
     "models": {"errors", "files", "graph", "zoo"},
     "training": L5 | {"zoo", "models"},
@@ -69,6 +69,8 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": TOP,
     "reproduce": L5 | {"training", "models"},
     "serve": L5 | {"evaluate", "models", "zoo"},
+    "methods": L5 | {"training"},
+    "doctor": L5,
     "cli": TOP,
     "": TOP,
 }

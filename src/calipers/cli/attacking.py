@@ -20,7 +20,8 @@ from calipers.cli.options import seconds_of, shape_of, writable
 from calipers.data import load
 from calipers.errors import SpecError, StoreMismatch, unknown_name
 from calipers.evaluate.attack_tables import replay_table, transfer_table
-from calipers.evaluate.diagnosed import diagnosed
+from calipers.evaluate.audit import sample
+from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
 from calipers.evaluate.empirical import empirical
 from calipers.evaluate.replay import replay as run_replay
 from calipers.evaluate.replay import replay_assignment
@@ -57,7 +58,7 @@ def attack(
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     chosen = _configured(method, options)
-    limit = None if seconds is None else seconds_of(seconds, "--seconds")
+    limit = None if seconds is None else seconds_of(seconds, "--budget")
     if json_file is not None:
         writable("--json", json_file.absolute())
     if save is not None:
@@ -81,7 +82,8 @@ def attack(
         )
     console().print(result.table())
     if diagnose:
-        for line in lines(diagnosed(network, data, threat, seed)):
+        few, _ = sample(data, min(DIAGNOSED, len(data)), seed)
+        for line in lines(diagnosis(network, few, threat, seed)):
             console().print(line, markup=False, highlight=False, soft_wrap=True)
     if save is not None:
         save_witnesses(save, result.witnesses)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect as python_inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -19,9 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from calipers.attacks import ATTACKS, LEVELS
-from calipers.attacks.diagnostics import lines
-from calipers.bounds import BOUNDS
+from calipers.attacks import LEVELS
 from calipers.cli.options import seconds_of, shape_of, share_of, writable
 from calipers.data import Data, load, load_mask
 from calipers.errors import unknown_name
@@ -31,15 +27,13 @@ from calipers.evaluate import curve as run_curve
 from calipers.evaluate import explain as run_explain
 from calipers.evaluate.cascade import default_cascade, select
 from calipers.evaluate.curve import folder as run_folder
-from calipers.evaluate.diagnosed import diagnosed
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.limits import bytes_of
-from calipers.exact import EXACT
 from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
+from calipers.methods import SIDES, find, statement
 from calipers.models import load_model
 from calipers.sets import ThreatModel
-from calipers.training.objectives import OBJECTIVES
 from calipers.zoo import ZOO
 
 DEFAULT_MODEL = "digits_pgd"
@@ -93,7 +87,6 @@ def audit(
     json_file: Path | None,
     report: Path | None,
     figures: Path | None,
-    diagnose: bool,
     seed: int,
     allow_softmax: bool,
     deployed: bool,
@@ -103,6 +96,9 @@ def audit(
     threads: int,
     worker_memory: str | None,
     precision: str | None,
+    diagnose: bool,
+    ray: str | None,
+    comparisons: int,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
@@ -146,10 +142,11 @@ def audit(
             worker_memory=worker_memory,
             loader=subject.loader(data),
             precision=narrow,
+            diagnose=diagnose,
+            ray=ray,
+            comparisons=max(comparisons, len(radii)),
         )
     console().print(result.table())
-    if diagnose:
-        result = _diagnosed(result, network, seed)
     if json_file is not None:
         write_atomically(json_file, json.dumps(result.json(), indent=2, allow_nan=False) + "\n")
     if certificates is not None:
@@ -161,17 +158,6 @@ def audit(
         missing = result.figures(figures)
         sys.stderr.write(f"figures: {figures}{missing and f' ({missing})'}\n")
     return result.stopped == "interrupted"
-
-
-def _diagnosed(result: Audit | Curve, network: Network, seed: int) -> Audit | Curve:
-    """The result with what speaks against its attacks, which is printed; of a curve, at its main radius."""
-    main = result if isinstance(result, Audit) else result.main
-    found = replace(main, findings=tuple(diagnosed(network, main.data, main.threat, seed)))
-    for line in lines(found.findings):
-        console().print(line, markup=False, highlight=False, soft_wrap=True)
-    if isinstance(result, Audit):
-        return found
-    return result.each(lambda one: found if one is main else one)
 
 
 def _certified(result: Audit | Curve, network: Network, folder: Path) -> Audit | Curve:
@@ -224,29 +210,28 @@ def _facts(network: Network) -> None:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def methods() -> None:
-    """Tables by side; what is not there yet is said."""
-    sides: Sequence[tuple[str, dict[str, Callable[..., Any]]]] = (
-        ("Lower bound of the adversary's loss (attacks: the upper end of the margin)", ATTACKS),
-        ("Exact", EXACT),
-        ("Upper bound of the adversary's loss (bounds: the lower end of the margin)", BOUNDS),
-        ("Outer minimisation (training)", OBJECTIVES),
-    )
+def methods(name: str | None) -> None:
+    """All methods by side, or the card of each method of that name."""
     out = console()
-    for title, entries in sides:
-        out.print(Text(title, style="bold"))
+    if name is not None:
+        for side, method, card in find(name):
+            out.print(Text(f"{name} ({side.title})", style="bold"))
+            table = Table.grid(padding=(0, 2))
+            table.add_row("  does", Text(statement(method)))
+            for field, said in card._asdict().items():
+                table.add_row(f"  {field}", Text(said))
+            out.print(table)
+        return
+    for side in SIDES:
+        out.print(Text(side.title, style="bold"))
         table = Table.grid(padding=(0, 2))
-        for name, method in entries.items():
-            table.add_row(f"  {name}", Text(_summary(method)))
+        for entry, method in side.methods.items():
+            table.add_row(f"  {entry}", Text(statement(method)))
         out.print(table)
     out.print(Text(f"Levels of the attack auto: {', '.join(LEVELS)}"))
     stages = ", ".join(stage.name for stage in default_cascade())
     out.print(Text(f"Stages of an audit, in order: {stages}", style="bold"))
     out.print(Text(f"Models of the zoo: {', '.join(ZOO)}"))
-
-
-def _summary(method: Callable[..., Any]) -> str:
-    return (python_inspect.getdoc(method) or "").split("\n")[0]
 
 
 def console() -> Console:

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from calipers import __version__
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
+from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.nested import carried, keep, require_related, row
 from calipers.evaluate.result import Audit, threat_identity
+from calipers.evaluate.sampling import history
 from calipers.evaluate.spread import Spread, team
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
@@ -29,6 +32,10 @@ from calipers.sets import ThreatModel, require_tensor
 
 DEPLOYED = (
     "certified (deployed): also of the network as it runs in {}, whatever the order of its sums"
+)
+SEEN = (
+    "the same examples were measured otherwise in {} runs before ({}): confidence is for what was chosen before the "
+    "examples were seen"
 )
 
 
@@ -54,6 +61,9 @@ def audit(
     worker_memory: int | str | None = None,
     loader: Callable[[], Network] | None = None,
     precision: float = 0.0,
+    diagnose: bool = False,
+    ray: str | None = None,
+    comparisons: int = 1,
     known: Sequence[Audit] = (),
 ) -> Audit:
     """certified accuracy <= robust accuracy <= empirical accuracy, with a bracket per example.
@@ -65,7 +75,8 @@ def audit(
     Args:
         data: examples in the threat's domain and their labels; a pair is converted to float32.
         seconds: time limit; rows that it leaves undecided are marked in `Audit.cut`. Ctrl-C does the same.
-        samples: audit this many examples, drawn at random by ``seed``; the result then has confidence intervals.
+        samples: audit this many examples, drawn at random by ``seed``; `Audit.sampling` then says what follows for all.
+        comparisons: audits of this sample (several eps, recipes) for which its confidence is to hold together.
         run: a directory that keeps finished work; a second call with the same arguments goes on there.
         cascade: the stages, in this order; `default_cascade(network)` if None.
         progress: called after each batch.
@@ -84,6 +95,11 @@ def audit(
             an equal share of the machine's memory if None.
         loader: makes the same network again, for workers to which ``model`` cannot be sent.
         precision: stop when certified and empirical accuracy are no further apart than this share.
+        diagnose: also check, on at most 60 of the examples, whether the attacks' failures should be believed
+            (`calipers.diagnose`); after the time limit, which does not count it.
+        ray: measure on a Ray cluster: "auto" for the one that RAY_ADDRESS names or, without it, a new one on this
+            machine; or "HOST:PORT" of the head of one that this machine belongs to. ``workers`` is then by default as
+            many as it has processors for. Its machines need the same version of Calipers, and files at the same place.
         known: audits of the same model and data at other radii of the same threat model, which `calipers.curve` makes:
             certificates of larger sets and witnesses from smaller ones hold here, too, and cost nothing.
 
@@ -102,6 +118,8 @@ def audit(
         raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
     if chunk < 1:
         raise ValueError(f"chunk: {chunk} is not at least 1")
+    if comparisons < 1:
+        raise ValueError(f"comparisons: {comparisons} is not at least 1")
     if not 0 <= precision <= 1:
         raise ValueError(f"precision: {precision} is no share between 0 and 1")
     cap = None if worker_memory is None else bytes_of(worker_memory, "worker_memory")
@@ -127,15 +145,21 @@ def audit(
         }
         require_related(known, identity, positions, threat)
         deadline = math.inf if seconds is None else begin + seconds
-        directory = nullcontext() if run is None else Store(run, identity)
-        others = nullcontext() if workers is None else team(
+        before = history(run, identity)
+        budget = {
+            "seconds": seconds, "precision": precision, "samples": samples, "comparisons": comparisons,
+            "earlier": before,
+        }  # fmt: skip
+        directory = nullcontext() if run is None else Store(run, identity, budget)
+        others = nullcontext() if workers is None and ray is None else team(
             workers, network, stages, threat, seed=seed, replicas=replicas, deployed=deployed, memory=limit,
-            threads=threads, cap=cap, loader=loader,
+            threads=threads, cap=cap, loader=loader, ray=ray,
         )  # fmt: skip
         with directory as store, interruptible() as pressed, others as staff:
             job = Job(
                 network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
-                deployed, limit, None if staff is None else Spread(staff, stages), workers or 1, precision,
+                deployed, limit, None if staff is None else Spread(staff, stages),
+                1 if staff is None else staff.count, precision,
             )  # fmt: skip
             given = carried(known, threat, network, x, y, job.replicas) if known else None
             bracket, rows, stopped, cut = fold(job, stages, store, given)
@@ -144,20 +168,28 @@ def audit(
                 if store is not None:
                     keep(store, given)
             mended = () if store is None else tuple(store.notes)
+            shared = () if staff is None else staff.notes
         adversarial = predictions(network, bracket, checks.logits)
+        findings: tuple[Finding, ...] = ()
+        if diagnose and stopped != "interrupted":
+            few, _ = sample(part, min(DIAGNOSED, len(part)), seed)
+            findings = diagnosis(network, few, threat, seed)
     earlier = sum(r.stored for r in rows)
+    seen = len(before) >= comparisons and len(part) < len(whole)  # more than the confidence is for
     notes = (
         *checks.notes,
         *alone,
         *((overlap.note(part.y, threat, positions),) if overlap else ()),
         *mended,
+        *shared,
+        *((SEEN.format(len(before), ", ".join(b["run"] for b in before[:5])),) if seen else ()),
         *((DEPLOYED.format(str(x.dtype).removeprefix("torch.")),) if deployed else ()),
     )
     return Audit(
         threat=threat,
         data=part,
         positions=positions,
-        name=name or Path(network.source or "").name or type(network.module).__name__,
+        name=name or Path(network.source or type(network.module).__name__).name,
         logits=checks.logits,
         bracket=bracket,
         adversarial=adversarial,
@@ -171,6 +203,9 @@ def audit(
         differences=dict(checks.differences),
         identity=identity,
         deployed=deployed,
+        findings=findings,
+        comparisons=comparisons,
+        earlier=tuple(before),
     )
 
 

@@ -136,6 +136,7 @@ def curve(
     run: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     replicas: Sequence[Model] = (),
+    diagnose: bool = False,
     **options: Any,
 ) -> Curve:
     """`audit` at each radius of ``eps`` in the place of that of ``threat``; with ``run`` in a directory each below it.
@@ -145,6 +146,7 @@ def curve(
 
     Args:
         seconds: time limit for all; each radius has an equal share of what is left.
+        diagnose: as in `audit`, at the radius that is named first.
         options: further arguments of `audit`.
 
     Raises:
@@ -152,6 +154,7 @@ def curve(
         CalipersError: as `audit`.
     """
     begin = time.perf_counter()
+    options = {"comparisons": len(eps), **options}
     if len({exact(e) for e in eps}) < len(eps) or not eps:
         raise ValueError(f"eps: {', '.join(map(str, eps)) or 'no radius'}; give different radii")
     whole = as_data(data)
@@ -168,7 +171,8 @@ def curve(
         done[place] = audit(
             network, whole, now, run=run and folder(run, now), replicas=replicas,
             seconds=None if left is None else max(left, 1e-3) / (len(order) - turn),
-            progress=progress and _named(progress, now), known=[done[i] for i in order[:turn]], **options,
+            progress=progress and _named(progress, now), known=[done[i] for i in order[:turn]],
+            diagnose=diagnose and radius(now) == exact(eps[0]), **options,
         )  # fmt: skip
         stopped = done[place].stopped or stopped
     agreeing, _ = evaluations(network, replicas)

@@ -242,7 +242,7 @@ def empirical(
         threat=threat,
         data=part,
         positions=positions,
-        name=name or network.source or type(network.module).__name__,
+        name=name or Path(network.source or type(network.module).__name__).name,
         bracket=bracket,
         clean=torch.cat([c.found.clean for c in chunks]).double().cpu(),
         passes=torch.cat([c.found.passes for c in chunks]).cpu(),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Bracket, Verdict
-from calipers.confidence import clopper_pearson
 from calipers.data import Data
+from calipers.evaluate.sampling import Sampling
 from calipers.grid import spacing
 from calipers.sets import Number, ThreatModel
 
@@ -78,7 +79,9 @@ class Audit:
         differences: comparison of evaluations -> largest difference of an output.
         identity: versions and content digests, as stored in a run directory.
         deployed: whether certified speaks of the executed network too, its rounding included.
-        findings: of `calipers.diagnose`, where it was asked: whether failed attacks should be believed.
+        findings: of the diagnostics, if they were asked for.
+        comparisons: audits of the same sample that the confidence is for, together.
+        earlier: the runs beside this one that had measured the same examples otherwise.
     """
 
     threat: ThreatModel
@@ -99,6 +102,8 @@ class Audit:
     identity: Mapping[str, Any]
     deployed: bool = False
     findings: tuple[Finding, ...] = ()
+    comparisons: int = 1
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -159,15 +164,23 @@ class Audit:
 
     @cached_property
     def confidence(self) -> dict[str, tuple[float, float]] | None:
-        """95 % intervals of both ends for the whole data set, if a sample was audited."""
+        """95 % intervals of both ends for the whole data set, if a sample was audited; see `sampling`."""
+        return None if self.sampling is None else self.sampling.shares
+
+    @cached_property
+    def sampling(self) -> Sampling | None:
+        """What the sample says about the whole data set, if a sample was audited."""
         if not self.sampled:
             return None
-        proved, broken = self.counts[Verdict.ROBUST], self.counts[Verdict.VULNERABLE]
-        return {
-            "clean": clopper_pearson(int((self.margins > 0).sum()), len(self)),
-            "certified": clopper_pearson(proved, len(self)),
-            "empirical": clopper_pearson(len(self) - broken, len(self)),
-        }
+        return Sampling(
+            population=self.population,
+            n=len(self),
+            right=int((self.margins > 0).sum()),
+            proved=self.counts[Verdict.ROBUST],
+            unbroken=len(self) - self.counts[Verdict.VULNERABLE],
+            seed=self.seed,
+            comparisons=self.comparisons,
+        )
 
     def _positions(self, verdict: Verdict) -> list[int]:
         """Where the examples of this verdict stand in the data set."""
@@ -199,6 +212,8 @@ class Audit:
             "unknown": self.unknown,
             "certified_examples": self._positions(Verdict.ROBUST),
             "broken_examples": self._positions(Verdict.VULNERABLE),
+            "sampling": self.sampling and self.sampling.json(),
+            "earlier": [dict(run) for run in self.earlier],
             "confidence_95": self.confidence and {k: list(v) for k, v in self.confidence.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
@@ -221,7 +236,7 @@ class Audit:
             "seed": self.seed,
             "notes": list(self.notes),
             "diagnostics": [
-                {"name": f.name, "warning": f.warning, "message": f.message, "remedy": f.remedy}
+                {**vars(f), "value": f.value if math.isfinite(f.value) else str(f.value)}
                 for f in self.findings
             ],
             "largest_difference_of_outputs": dict(self.differences),

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from calipers.attacks.diagnostics import lines
 from calipers.bracket import Verdict
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def audit_table(audit: Audit) -> Group:
         _bar(robust, audit.unknown, broken),
         verdicts,
         numbers,
+        *(map(Text, audit.sampling.lines()) if audit.sampling else ()),
         _methods(audit),
     ]
     if audit.stopped:
@@ -67,6 +69,7 @@ def audit_table(audit: Audit) -> Group:
             )
         )
     parts += [Text(note, style="italic") for note in audit.notes]
+    parts += [Text(line) for line in lines(audit.findings)]
     return Group(*parts)
 
 
