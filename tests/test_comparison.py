@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from calipers.data import load
 from calipers.errors import DataError
 from calipers.evaluate.cascade import select
 from calipers.evaluate.comparison import compare, pairs, render, shares, sides
+from calipers.evaluate.runs import Stored, radius_given
 from calipers.models import load_model
 
 KEPT = select(["fgsm", "crown_ibp"])
@@ -120,3 +122,13 @@ def test_the_command(runs, run, tmp_path):
     assert "have another verdict" in said
     assert (tmp_path / "c.html").read_text().endswith("</html>\n")
     assert compare([root / "digits_standard", root / "digits_pgd"], tmp_path / "d.html")
+
+
+@pytest.mark.parametrize(
+    ("threat", "radius"),
+    [("p=inf eps='8/255' lower=0.0", "8/255"), ("p=2 eps=0.5 lower=0.0", 0.5),
+     ("p=1 eps=Fraction(1, 3) lower=0", "1/3"),
+     ("p=inf eps=[0.1, 0.2] lower=0.0", None), ("", None), ("p=inf eps=1-e lower=0", None), ("eps=3", 3.0)],
+)  # fmt: skip
+def test_radii_are_read_back_as_they_were_given(threat, radius):
+    assert radius_given(Stored(Path(), {"threat": threat}, (), ())) == radius

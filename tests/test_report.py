@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import nn
 
-from calipers import ThreatModel, audit, curve
+import calipers as cp
+from calipers import ThreatModel, audit, curve, save_onnx
 from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Evidence, Verdict
 from calipers.data import Data, load
@@ -25,7 +26,7 @@ from calipers.evaluate.curve import Curve
 from calipers.evaluate.figures import converted, figures, save
 from calipers.evaluate.pages import asset, source_hash
 from calipers.evaluate.pictures import as_change, as_image, margin_histogram, png, stacked_bar
-from calipers.evaluate.report import render
+from calipers.evaluate.report import curve_plot, render
 from calipers.evaluate.result import Row
 from calipers.models import load_model
 
@@ -356,3 +357,38 @@ def test_diagnosed_attacks_stand_in_the_report(run, tmp_path):
     for name in names:
         assert f"attacks, {name}" in page.read_text()
         assert name in said
+
+
+def test_no_folder_of_this_machine_is_in_the_report(run, tmp_path):
+    data = load("digits")
+    np.savez(tmp_path / "few.npz", x=data.x[:10].numpy(), y=data.y[:10].numpy())
+    save_onnx(load_model("digits_pgd"), tmp_path / "net.onnx")
+    page = tmp_path / "pages" / "r.html"
+    page.parent.mkdir()
+    code, *_ = run(
+        "audit", tmp_path / "net.onnx", "--data", tmp_path / "few.npz", "--methods", "fgsm", "--run", tmp_path / "run",
+        "--report", page,
+    )  # fmt: skip
+    assert code == 0
+    html = page.read_text()
+    assert "net.onnx" in html
+    assert "few.npz" in html
+    assert str(tmp_path) not in html
+    assert str(Path.home()) not in html
+    named = audit(
+        cp.load_onnx(tmp_path / "net.onnx"), data, THREAT, samples=5, cascade=select(["fgsm"])
+    )
+    assert named.name == "net.onnx"
+
+
+@pytest.mark.parametrize("eps", [("0",), ("0", "0.1"), (0.1,)])
+def test_curves_of_one_radius_or_from_zero(eps):
+    data = load("digits")
+    found = curve(
+        load_model("digits_pgd"), (data.x[:8], data.y[:8]), THREAT, eps, cascade=select(["fgsm", "interval"])
+    )  # fmt: skip
+    html = render(found.main, found)
+    harmless(html)
+    assert "nan" not in str(curve_plot(found))
+    if eps[0] == "0":
+        assert found.certified[0] == found.empirical[0] == found.main.clean_accuracy

@@ -11,8 +11,11 @@ from browser import NARROW, WIDE, browser, opened
 from calipers import ThreatModel, curve
 from calipers.data import Data, load
 from calipers.evaluate.cascade import select
+from calipers.evaluate.comparison import compare
+from calipers.evaluate.landscape import landscape
 from calipers.models import load_model
 
+THREAT = ThreatModel(math.inf, "0.1")
 PAYLOAD = "</script><img src=https://evil.example/x onerror=alert(1)><svg onload=alert(2)>"
 
 
@@ -20,7 +23,7 @@ PAYLOAD = "</script><img src=https://evil.example/x onerror=alert(1)><svg onload
 def found():
     data = load("digits")
     return curve(
-        load_model("digits_pgd"), (data.x[:40], data.y[:40]), ThreatModel(math.inf, "0.1"),
+        load_model("digits_pgd"), (data.x[:40], data.y[:40]), THREAT,
         ("0.1", "0.2"), cascade=select(["fgsm", "crown_ibp", "pgd-20", "crown"]), name="digits_pgd",
     )  # fmt: skip
 
@@ -110,6 +113,23 @@ def test_without_scripts_it_says_everything(found, chromium, tmp_path):
         page.locator("tbody[data-kind=broken] summary").first.click()
         assert page.locator("tbody[data-kind=broken] .detail").first.is_visible()
         assert page.locator("svg[role=img]").count() == 5
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW])
+def test_the_other_pages_load_nothing_and_fit(chromium, tmp_path, size):
+    network, data = load_model("digits_pgd"), load("digits")
+    landscape({PAYLOAD: network}, data, 0.1, size=5).save(tmp_path / "surface.html")
+    cascade = select(["fgsm", "crown_ibp"])
+    for name in ("a", "b"):
+        few = (data.x[:20], data.y[:20])
+        curve(network, few, THREAT, ("0.05", "0.1"), run=tmp_path / name, cascade=cascade)
+    compare([tmp_path / "a", tmp_path / "b"], tmp_path / "compare.html")
+    for file in ("surface.html", "compare.html"):
+        url = (tmp_path / file).as_uri()
+        with opened(chromium, url, size=size) as seen:
+            assert [r for r in seen.requests if not r.startswith("data:")] == [url]
+            assert seen.complaints == []
+            assert seen.overflow <= 0
 
 
 def contrast(first, second):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import Any, NamedTuple
 from calipers.errors import DataError
 from calipers.evaluate.charts import Bar, bars, curves
 from calipers.evaluate.pages import page
-from calipers.evaluate.runs import VERDICTS, Record, Stored, difference, read
+from calipers.evaluate.runs import VERDICTS, Record, Stored, difference, radius_given, read
 from calipers.evaluate.tables import percent
 from calipers.files import write_atomically
+from calipers.rounding import exact
 
 SHOWN = 200  # examples of another verdict, of each pair of runs
-EPS = re.compile(r"\beps='?([^' ]+)'?")
 WORDS = {"robust": "certified", "vulnerable": "broken", "unknown": "unknown"}
 
 
@@ -92,18 +91,17 @@ def _runs(path: Path) -> tuple[Stored, ...]:
 
 def radius(run: Stored) -> float:
     """The radius of a run; 0 where it is no single number."""
-    text = eps_of(run)
+    given = radius_given(run)
     try:
-        top, _, bottom = text.partition("/")
-        return float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError):
+        return 0.0 if given is None else float(exact(given))
+    except ValueError:
         return 0.0
 
 
 def eps_of(run: Stored) -> str:
     """The radius as it was given."""
-    found = EPS.search(str(run.identity.get("threat", "")))
-    return found[1] if found else ""
+    given = radius_given(run)
+    return "" if given is None else str(given)
 
 
 def shares(run: Stored) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from calipers.evaluate.examples import KIND, WORD, Picture, bounds_of_data, pict
 from calipers.evaluate.fold import Job, measure, search
 from calipers.evaluate.jaws import Jaw, nested, over_radius
 from calipers.evaluate.result import threat_identity
-from calipers.evaluate.runs import Record, Stored
+from calipers.evaluate.runs import Record, Stored, radius_given
 from calipers.evaluate.store import model_digest
 from calipers.graph.graph import Network
 from calipers.rounding import exact
@@ -314,13 +314,15 @@ def radii(side: Side) -> list[Fraction]:
 
 
 def _eps(run: Stored) -> str | float:
-    """The radius as it was given: a text, or a float."""
-    text = str(run.identity.get("threat", ""))
-    found = re.search(r"\beps=(?:'([^']+)'|Fraction\((\d+), (\d+)\)|(\S+))", text)
-    if not found:
-        raise StoreMismatch(f"{run.directory}: its record has no radius: {text[:90]}")
-    quoted, top, bottom, number = found.groups()
-    return quoted or (f"{top}/{bottom}" if top else float(number))
+    """The radius as it was given.
+
+    Raises:
+        StoreMismatch: the run's record has none, or one per feature.
+    """
+    given = radius_given(run)
+    if given is None:
+        raise StoreMismatch(f"{run.directory}: its record has no radius that is one number")
+    return given
 
 
 def radius_text(text: str) -> str:
