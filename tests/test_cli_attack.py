@@ -362,7 +362,7 @@ def damaged(saved, tmp_path_factory):
         (["attack", "--method", "pgd", "--level", "quick"], "level: only the cascade"),
         (["attack", "--method", "fgsm", "--steps", "3"], "--steps: fgsm has no such option"),
         (["attack", "--method", "pgd", "--steps", "0"], "--steps"),
-        (["attack", "--seconds", "soon"], "--seconds"),
+        (["attack", "--budget", "soon"], "--budget"),
         (["attack", "--passes", "0"], "passes"),
         (["attack", "--passes", "nan"], "passes"),
         (["attack", "--samples", "501"], "samples"),

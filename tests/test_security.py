@@ -478,7 +478,8 @@ SERVES = "calipers/serve"  # the explorer, whose own tests say to whom it listen
 
 def test_only_named_modules_talk_to_the_network() -> None:
     for name, tree in TREES.items():
-        used = {m.split(".")[0] for m in imported(tree)} & set(NETWORK)
+        talks = {m for m in imported(tree) if m != "urllib.parse"}  # which only takes texts apart
+        used = {m.split(".")[0] for m in talks} & set(NETWORK)
         if name.startswith(SERVES):
             assert (ROOT / "tests" / "test_serve.py").exists(), name
             continue

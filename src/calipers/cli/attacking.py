@@ -58,7 +58,7 @@ def attack(
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     chosen = _configured(method, options)
-    limit = None if seconds is None else seconds_of(seconds, "--seconds")
+    limit = None if seconds is None else seconds_of(seconds, "--budget")
     if json_file is not None:
         writable("--json", json_file.absolute())
     if save is not None:
