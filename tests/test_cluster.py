@@ -229,7 +229,7 @@ def use(address):
 
 @needs_ray
 @pytest.mark.parametrize(
-    "address", ["ray://host:10001", "host", "host:0", "host:99999", "a b:1", "host:6379/x"]
+    "address", ["", "ray://host:10001", "host", "host:0", "host:99999", "a b:1", "host:6379/x"]
 )
 def test_what_is_no_address_is_named(address):
     with pytest.raises(WorkerError, match=r"is no address; give auto, or HOST:PORT"):
@@ -265,6 +265,19 @@ def test_an_address_that_does_not_answer_is_given_up(monkeypatch):
             use(f"{LOOPBACK}:{silent.getsockname()[1]}")
         for other in others:
             other.close()
+
+
+@needs_ray
+def test_the_command_names_what_is_wrong(run):
+    code, out, err = run(
+        "audit", "digits_pgd", "--samples", "5", "--methods", "clean", "--ray", "nowhere"
+    )
+    assert code == 2
+    assert out == ""
+    assert err.startswith("calipers: ray: 'nowhere' is no address")
+    code, _, err = run("audit", "digits_pgd", "--samples", "5", "--ray", "auto", "--workers", "0")
+    assert code == 2
+    assert "workers: 0" in err
 
 
 def test_without_ray_there_is_a_remedy(monkeypatch):

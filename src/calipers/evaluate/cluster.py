@@ -158,7 +158,7 @@ def joined(address: str, processors: int | None = None) -> Iterator[tuple[Any, t
     if known is not None and known.is_initialized():
         yield known, _weakness()
         return
-    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or "''"
     with _settings({} if place else SETTINGS | {"RAY_AUTH_TOKEN": _token()}):
         ray = _imported()
         try:
