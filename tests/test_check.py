@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,17 @@ def test_a_certificate_by_hand_for_two_neurons(tmp_path: Path) -> None:
     assert (found.clauses, found.trees, found.nodes) == (1, 1, 3)
     path.write_bytes(gzip.compress(path.read_bytes()))
     assert accepts(case, path)
+
+
+def test_the_ten_lines_of_the_documentation(tmp_path: Path) -> None:
+    """The page's own code, run as it stands, writes a certificate that is accepted."""
+    page = Path(__file__).parents[1] / "docs" / "certificates.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+    for threshold, expected in (("0.51", True), ("-0.5", False)):
+        case, _ = two_neuron_case(tmp_path, threshold)
+        path = tmp_path / "proof.cert"
+        exec(code, {"network": case.network, "prop": case.prop, "path": path})  # noqa: S102
+        assert accepts(case, path) is expected
 
 
 def test_what_the_split_and_the_multipliers_are_for(tmp_path: Path) -> None:
