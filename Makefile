@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: audit test check format clean
+.PHONY: audit test check format docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -12,6 +12,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/tools: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 audit: $(VENV)/installed          ## bracket the robust accuracy of the built-in network
@@ -29,5 +33,9 @@ format: $(VENV)/tools
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/docs                ## the site, in build/docs/html; pages run once, then again when code changes
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/docs/trees docs build/docs/html
+	$(BIN)/python docs/_tools/offline.py build/docs/html
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache dist

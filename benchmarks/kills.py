@@ -68,20 +68,20 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         whole, begin = Path(root) / "whole", time.monotonic()
         started(whole, args).wait()
-        took, expected = time.monotonic() - begin, table(whole)
-        print(f"undisturbed: {units(whole)} units in {took:.1f} s", flush=True)
+        usual, expected = time.monotonic() - begin, table(whole)
+        print(f"undisturbed: {units(whole)} units in {usual:.1f} s", flush=True)
         kills = {"driver": 0, "worker": 0}
         audits = starts = 0
         while sum(kills.values()) < args.kills:
             audits += 1
-            folder, seen, code = Path(root) / str(audits), 0, -1
+            folder, seen, code, took = Path(root) / str(audits), 0, -1, usual
             while code:
                 driver, begin, before = started(folder, args), time.monotonic(), sum(kills.values())
                 starts += 1
                 while driver.poll() is None and sum(kills.values()) < args.kills:
                     with suppress(subprocess.TimeoutExpired):
                         driver.wait(draws.uniform(0, took))
-                    who = draws.choice(["driver", "worker"])
+                    who = min(kills, key=lambda name: (kills[name], draws.random()))
                     pids = [driver.pid] if who == "driver" else workers(driver.pid)
                     if driver.poll() is None and pids:
                         os.kill(draws.choice(pids), signal.SIGKILL)

@@ -128,7 +128,7 @@ def test_explain_inspect_methods(run):
     assert "relu" in out.lower()
     code, out, _ = run("methods")
     assert code == 0
-    for word in ("attacks", "Exact", "bounds", "Outer", "pgd", "crown_ibp", "digits_standard"):
+    for word in ("Attacks", "Exact", "Bounds", "outer", "pgd", "crown_ibp", "digits_standard"):
         assert word in out
 
 

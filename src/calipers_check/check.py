@@ -13,7 +13,7 @@ import numpy as np
 
 from calipers_check import container, onnx_file, vnnlib
 from calipers_check.errors import Refused, Unusable
-from calipers_check.layers import Array, Network
+from calipers_check.layers import Array, Network, without_maxima
 from calipers_check.prove import Budget, Goal, Proof, Root, bare_root
 from calipers_check.tree import NAMES, Tree
 from calipers_check.vnnlib import Ball, Clause
@@ -187,15 +187,18 @@ def _prove(
     """
     shared = _documents(trees, len(clauses))
     counts = [len(c.d) for c in clauses]
+    split = any("maxima" in document for document in trees)
+    networks = {None: network, "relu": without_maxima(network) if split else network}
     roots: dict[int, tuple[Root, Tree]] = {}
     budget, nodes, missing = Budget(), 0, {i for i, c in enumerate(clauses) if not c.void}
     for t, document in enumerate(trees):
         numbers, base = document["clauses"], document.get("root")
+        net = networks[document.get("maxima")]
         try:
             if base is not None and base not in roots:
                 raise Refused("its root is that of a tree with nothing to prove")
             columns = roots[base][1].columns if base is not None else None
-            tree = Tree(arrays[str(t)], network, numbers, counts, columns)
+            tree = Tree(arrays[str(t)], net, numbers, counts, columns)
             nodes += len(tree)
             wanted = [c for c in numbers if not clauses[c].void]
             if not wanted:
@@ -205,7 +208,7 @@ def _prove(
             root = (
                 roots[base][0]
                 if base is not None
-                else bare_root(network, lower, upper, deadline, clauses[wanted[0]].ball)
+                else bare_root(net, lower, upper, deadline, clauses[wanted[0]].ball)
             )
             box = root.view
             if not (np.array_equal(box.lower[0], lower) and np.array_equal(box.upper[0], upper)):
@@ -228,7 +231,9 @@ def _documents(trees: Sequence[Any], count: int) -> set[int]:
         raise Refused(f"trees: {len(trees)} of them for {count} clauses")
     shared = set()
     for t, document in enumerate(trees):
-        _expect(document, {"clauses"}, {"root"})
+        _expect(document, {"clauses"}, {"root", "maxima"})
+        if "maxima" in document and document["maxima"] != "relu":
+            raise Refused(f"tree {t}: maxima: {str(document['maxima'])[:40]!r}; expected 'relu'")
         numbers, base = document["clauses"], document.get("root", 0)
         if (
             not isinstance(numbers, list)
@@ -241,5 +246,7 @@ def _documents(trees: Sequence[Any], count: int) -> set[int]:
         if "root" in document:
             if type(base) is not int or not 0 <= base < t or "root" in trees[base]:
                 raise Refused(f"tree {t}: no earlier tree {base!r} with a root of its own")
+            if trees[base].get("maxima") != document.get("maxima"):
+                raise Refused(f"tree {t}: reads maxima otherwise than tree {base}")
             shared.add(base)
     return shared

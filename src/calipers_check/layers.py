@@ -336,6 +336,48 @@ class Network:
         return sum(_products(step) for step in self.steps)
 
 
+def without_maxima(network: Network) -> Network:
+    """The same function, each maximum as ReLUs of a tournament.
+
+    With k elements in each window and h = k // 2, for i < h: v_i <- v_i + ReLU(v_(i+h) - v_i); v_2h, if there is one,
+    goes on beside them. Where a window has no element, its first one stands again.
+    """
+    steps: list[Step] = []
+    number = [0]  # of each value, in the new network
+
+    def add(step: Step) -> int:
+        steps.append(step)
+        return len(steps)
+
+    for step in network.steps:
+        sources = tuple(number[v] for v in step.sources)
+        if not isinstance(step, Maximum):
+            other = copy.copy(step)
+            other.sources = sources
+            number.append(add(other))
+            continue
+        first = step.index[np.arange(step.size), (step.index >= 0).argmax(1)]
+        index = np.where(step.index >= 0, step.index, first[:, None])
+        (count, k), width = index.shape, network.sizes[step.sources[0]]
+        value = add(Pick(sources, k * count, index.T.reshape(-1, 1), width))
+        while k > 1:
+            h, place = k // 2, np.arange(k * count)[:, None]
+            play, wait = (
+                h * count,
+                (k % 2) * count,
+            )  # how many numbers play, and how many go on beside them
+            first = add(Pick((value,), play, place[:play], k * count))
+            second = add(Pick((value,), play, place[play : 2 * play], k * count))
+            more = add(Kink((add(Sum((second, first), play, (1, -1))),), play, 0.0, 1.0))
+            rest = np.concatenate([place[:play], place[2 * play :]])
+            before = add(Pick((value,), play + wait, rest, k * count))
+            beside = np.where(place[: play + wait] < play, place[: play + wait], -1)
+            more = add(Pick((more,), play + wait, beside, play))
+            value, k = add(Sum((before, more), play + wait, (1, 1))), k - h
+        number.append(value)
+    return Network(network.inputs, steps, network.notes)
+
+
 def _products(step: Step) -> int:
     match step:
         case Dense():

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from calipers.errors import DataError, StoreMismatch
 from calipers.evaluate.store import record_of
+from calipers.files import cell
 
 QUERY = "SELECT stage, example, lower, upper, seconds, work FROM unit ORDER BY example"
 VERDICTS = ("robust", "vulnerable", "unknown")
@@ -220,7 +221,7 @@ def _csv(run: Stored) -> bytes:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(Record._fields)
-    writer.writerows(run.records)
+    writer.writerows(map(cell, record) for record in run.records)
     return out.getvalue().encode()
 
 

@@ -1,8 +1,8 @@
 """The op table: every op described once, read by every method.
 
 ``OPS[op]`` is one of the four kinds. Register an op of your own with `register`, a nondecreasing function in one line:
-``register(torch.asinh, monotone(torch.asinh))``; the contract test in ``tests/test_ops.py`` shows what an entry must
-satisfy.
+``register(torch.ops.aten.asinh.default, monotone(torch.asinh))``, under the name that the graph has for it (`calipers
+inspect`); the contract test in ``tests/test_ops.py`` shows what an entry must satisfy.
 """
 
 from __future__ import annotations

@@ -3,7 +3,24 @@
 Nothing heavy is imported here: each command imports what it runs.
 """
 
-from calipers.cli.syntax import attacks, audits, queries, trainings
+from typer.models import CommandInfo
+
+from calipers.cli.syntax import attacks, audits, machine, queries, trainings
 from calipers.cli.syntax.application import app
 
-__all__ = ["app", "attacks", "audits", "queries", "trainings"]
+# what a stranger needs first stands first in the help
+ORDER = (
+    *("audit", "attack", "replay", "transfer", "explain", "inspect", "methods", "gate"),
+    *("verify", "check", "bench", "supports", "train", "compare", "sweep", "download"),
+    *("reproduce", "doctor"),
+)
+
+
+def _place(command: CommandInfo) -> int:
+    name = command.name or getattr(command.callback, "__name__", "")
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+app.registered_commands.sort(key=_place)
+
+__all__ = ["app", "attacks", "audits", "machine", "queries", "trainings"]

@@ -12,7 +12,6 @@ app = typer.Typer(
     name="calipers",
     help="Bracket the adversarial robustness of a neural network: certified <= robust <= empirical accuracy.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

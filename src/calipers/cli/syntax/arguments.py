@@ -10,23 +10,34 @@ import typer
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo; the built-in digits network if left out.",
     ),
 ]
+NeededModel = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo."),
+]
 Weights = Annotated[
     Path | None,
-    typer.Option(help="A .safetensors or .pt state dict for MODEL (read weights-only)."),
+    typer.Option(
+        metavar="FILE", help="State dict for MODEL, .safetensors or .pt; no code in it is run."
+    ),
 ]
 InputShape = Annotated[
     str | None,
-    typer.Option(metavar="N,N,...", help="Shape of one input; the data's if left out."),
+    typer.Option(metavar="N,N,...", help="Shape of one input; that of the data if left out."),
 ]
 DataName = Annotated[
-    str, typer.Option("--data", help="digits, mnist, cifar10, FILE.npz with x and y, or a folder.")
+    str,
+    typer.Option(
+        "--data", metavar="DATA", help="digits, mnist, cifar10, FILE.npz with x and y, or a folder."
+    ),
 ]
-DataDir = Annotated[Path | None, typer.Option(help="Where mnist or cifar10 files are.")]
-Norm = Annotated[str, typer.Option(metavar="linf|l2|l1", help="The norm that limits a change.")]
+DataDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where the files of mnist or cifar10 are.")
+]
+Norm = Annotated[str, typer.Option(metavar="linf|l2|l1", help="Norm that limits a change.")]
 Eps = Annotated[
     str, typer.Option(metavar="E", help="Radius in input units, read exactly: 0.1 or 8/255.")
 ]
@@ -39,11 +50,24 @@ Grid = Annotated[
 Mask = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE.npy", help="Bools, one per feature: only where true may an input change."
+        metavar="FILE.npy", help="Booleans, one per feature: an input may change only where true."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of samples and random starts.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result as JSON.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of samples and random starts.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON.")
+]
 Softmax = Annotated[
     bool, typer.Option("--allow-softmax", help="Measure a model that returns probabilities.")
+]
+Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
+]
+Samples = Annotated[int | None, typer.Option(metavar="N", help="Only N examples, drawn at random.")]
+Diagnose = Annotated[
+    bool,
+    typer.Option(
+        "--diagnose", help="Also check, on up to 60 examples, whether failures are to be believed."
+    ),
 ]

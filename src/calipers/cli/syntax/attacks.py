@@ -11,13 +11,16 @@ from calipers.cli.syntax.application import app
 from calipers.cli.syntax.arguments import (
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
     Json,
     Mask,
     Model,
+    NeededModel,
     Norm,
+    Samples,
     Seed,
     Softmax,
     Weights,
@@ -35,7 +38,9 @@ def attack(
     mask: Mask = None,
     method: Annotated[
         str,
-        typer.Option(metavar="NAME", help="auto (the cascade), or one attack (calipers methods)."),
+        typer.Option(
+            metavar="NAME", help="auto, the cascade, or an attack that calipers methods lists."
+        ),
     ] = "auto",
     level: Annotated[
         str | None,
@@ -43,34 +48,30 @@ def attack(
             metavar="quick|standard|thorough", help="How hard auto tries; standard if left out."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the attack (pgd, apgd).")] = None,
-    restarts: Annotated[int | None, typer.Option(help="Restarts of it (pgd, apgd).")] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Attack this many examples, drawn at random.")
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps, of pgd and apgd.")] = None,
+    restarts: Annotated[
+        int | None, typer.Option(metavar="N", help="Restarts, of pgd and apgd.")
     ] = None,
-    seconds: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Time limit: 90, 10m, 1.5h.")
+    samples: Samples = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", "--seconds", metavar="TIME", help="Time limit: 90s, 10m, 1.5h."),
     ] = None,
     passes: Annotated[
         float | None,
-        typer.Option(metavar="P", help="No new stage of auto after P passes for an example."),
+        typer.Option(metavar="N", help="No new stage of auto after N passes for an example."),
     ] = None,
     certified: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Spend nothing on robust examples: an audit's JSON, or bools in an .npy file.",
+            help="Skip what is certified: the JSON of an audit, or booleans in an .npy file.",
         ),
     ] = None,
-    diagnose: Annotated[
-        bool,
-        typer.Option(
-            help="Also check, on at most 60 examples, whether the attack's failures should be believed."
-        ),
-    ] = False,
+    diagnose: Diagnose = False,
     save: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep all witnesses, a picture and texts in this folder."),
+        typer.Option(metavar="DIR", help="Write all witnesses, a picture of each and texts."),
     ] = None,
     json: Json = None,
     weights: Weights = None,
@@ -78,7 +79,10 @@ def attack(
     seed: Seed = 0,
     allow_softmax: Softmax = False,
 ) -> None:
-    """Empirical accuracy of MODEL on DATA, with a witness for every example that breaks."""
+    """Search for a witness against every example of DATA.
+
+    What none is found for is not proved robust: see calipers audit.
+    """
     from calipers.cli import attacking, commands
 
     interrupted = attacking.attack(
@@ -87,7 +91,7 @@ def attack(
         level=level,
         options={"steps": steps, "restarts": restarts},
         samples=samples,
-        seconds=seconds,
+        seconds=budget,
         passes=passes,
         certified=certified,
         diagnose=diagnose,
@@ -106,7 +110,7 @@ def replay(
         Path,
         typer.Argument(
             metavar="WITNESS",
-            help="witnesses.npz or its folder (calipers attack --save), or a VNN-LIB counterexample.",
+            help="A folder of calipers attack --save, or a VNN-LIB counterexample.",
         ),
     ],
     network: Annotated[
@@ -115,23 +119,26 @@ def replay(
     ],
     query: Annotated[
         Path | None,
-        typer.Option("--property", metavar="FILE.vnnlib", help="What a counterexample breaks."),
+        typer.Option(
+            "--property", metavar="FILE.vnnlib", help="Query that a counterexample answers."
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Check that the witnesses come from these data, too.")
+        str | None,
+        typer.Option(metavar="DATA", help="Also check that the witnesses come from these data."),
     ] = None,
     data_dir: DataDir = None,
     converted: Annotated[
         bool,
         typer.Option(
-            "--converted", help="The network is the attacked one in another form, as exported."
+            "--converted", help="The network is the attacked one in another form, such as exported."
         ),
     ] = False,
     json: Json = None,
     weights: Weights = None,
     input_shape: InputShape = None,
 ) -> None:
-    """Check counterexamples again: exact membership; onnxruntime, torch in both precisions.
+    """Check witnesses again: exactly, and by three evaluations.
 
     Exit code 0 if all are strict or tolerant, 1 if any fails.
     """
@@ -156,18 +163,14 @@ def replay(
 def transfer(
     witnesses: Annotated[
         Path,
-        typer.Argument(
-            metavar="WITNESSES", help="witnesses.npz or its folder (calipers attack --save)."
-        ),
+        typer.Argument(metavar="WITNESSES", help="A folder of calipers attack --save."),
     ],
-    model: Annotated[
-        str, typer.Argument(help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo.")
-    ],
+    model: NeededModel,
     json: Json = None,
     weights: Weights = None,
     input_shape: InputShape = None,
 ) -> None:
-    """Which WITNESSES of one model break MODEL too."""
+    """Count the witnesses against one model that break MODEL, too."""
     from calipers.cli import attacking
 
     attacking.transfer(witnesses, model, weights=weights, input_shape=input_shape, json_file=json)

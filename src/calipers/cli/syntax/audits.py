@@ -9,15 +9,19 @@ import typer
 
 from calipers.cli.syntax.application import app
 from calipers.cli.syntax.arguments import (
+    Budget,
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
     Json,
     Mask,
     Model,
+    NeededModel,
     Norm,
+    Samples,
     Seed,
     Softmax,
     Weights,
@@ -30,15 +34,24 @@ def audit(
     data: DataName = "digits",
     data_dir: DataDir = None,
     norm: Norm = "linf",
-    eps: Eps = "0.1",
+    eps: Annotated[
+        str,
+        typer.Option(
+            metavar="E,E,...",
+            help="Radius in input units, read exactly: 0.1 or 8/255; of several, a curve.",
+        ),
+    ] = "0.1",
     grid: Grid = None,
     mask: Mask = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Audit this many examples, drawn at random.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Time limit: 90s, 10m, 1.5h.")
-    ] = None,
+    samples: Samples = None,
+    comparisons: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Audits of this sample (several eps, say) that its confidence is for, together.",
+        ),
+    ] = 1,
+    budget: Budget = None,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -51,14 +64,20 @@ def audit(
     methods: Annotated[
         str | None,
         typer.Option(
-            metavar="A,B,...", help="Only these stages of the cascade (calipers methods)."
+            metavar="NAME,...", help="Only these stages, of those that calipers methods lists."
         ),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(help="Keep finished work here; goes on where it stopped.")
+        Path | None, typer.Option(metavar="DIR", help="Keep finished work here, and go on from it.")
     ] = None,
     json: Json = None,
-    report: Annotated[Path | None, typer.Option(help="Write the result as one HTML file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as one HTML file.")
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the report's figures as SVG, PNG and PDF files."),
+    ] = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
@@ -69,25 +88,38 @@ def audit(
     ] = False,
     certificates: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write a checked certificate per certified example."),
+        typer.Option(
+            metavar="DIR", help="Write a checked certificate for every certified example."
+        ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that measure at the same time.")
+        int | None, typer.Option(metavar="N", help="Processes that share the examples.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of each worker.")] = 1,
+    threads: Annotated[int, typer.Option(metavar="N", help="Threads of each process.")] = 1,
     worker_memory: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="What a worker may take; an equal share of the machine if left out.",
+            help="Memory that a process may take; an equal share of the machine if left out.",
         ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="Stop when the interval is as narrow as this: 0.5%."),
+        typer.Option(metavar="SHARE", help="Stop when the bracket is this narrow: 0.5%."),
+    ] = None,
+    diagnose: Diagnose = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Measure on a Ray cluster; auto starts one here unless RAY_ADDRESS names one.",
+        ),
     ] = None,
 ) -> None:
-    """Certified and empirical accuracy of MODEL on DATA, with a bracket per example."""
+    """Bracket the robust accuracy of MODEL on DATA.
+
+    Attacks and proofs take turns, the cheapest first, each on the examples that are still open.
+    """
     from calipers.cli import commands
 
     interrupted = commands.audit(
@@ -98,6 +130,7 @@ def audit(
         run=run,
         json_file=json,
         report=report,
+        figures=figures,
         seed=seed,
         allow_softmax=allow_softmax,
         deployed=deployed,
@@ -107,6 +140,9 @@ def audit(
         threads=threads,
         worker_memory=worker_memory,
         precision=precision,
+        diagnose=diagnose,
+        ray=ray,
+        comparisons=comparisons,
     )
     if interrupted:
         raise typer.Exit(130)
@@ -117,7 +153,7 @@ def explain(
     model: Model = None,
     data: DataName = "digits",
     data_dir: DataDir = None,
-    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    index: Annotated[int, typer.Option(metavar="N", help="Which example, counted from 0.")] = 0,
     norm: Norm = "linf",
     eps: Eps = "0.1",
     grid: Grid = None,
@@ -126,7 +162,7 @@ def explain(
     input_shape: InputShape = None,
     seed: Seed = 0,
 ) -> None:
-    """Every method's value and time for one example, nested."""
+    """Show every method's value and time for one example."""
     from calipers.cli import commands
 
     subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, eps, grid, mask)
@@ -134,23 +170,62 @@ def explain(
 
 
 @app.command()
+def landscape(
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    eps: Annotated[
+        str, typer.Option(metavar="E", help="How far along each direction, in input units.")
+    ] = "0.1",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL[=WEIGHTS]", help="Another network on the same scale; may be repeated."
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Points along each direction; an odd number.")] = 41,
+    own_scale: Annotated[
+        bool, typer.Option("--own-scale", help="Draw each network on a scale of its own.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="FILE.svg, .png, .pdf or .html.")
+    ] = None,
+    json: Json = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+) -> None:
+    """The loss and margin of one example over the gradient's signs and random ones, and how flat they are."""
+    from calipers.cli import commands, landscaping
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, "linf", eps)
+    landscaping.run(
+        subject, beside=beside or [], index=index, size=size, own_scale=own_scale, out=out,
+        json_file=json, seed=seed,
+    )  # fmt: skip
+
+
+@app.command()
 def inspect(
-    model: Annotated[
-        str, typer.Argument(help="FILE.onnx, MODULE.py:FACTORY, or a name of the zoo.")
-    ],
+    model: NeededModel,
     weights: Weights = None,
     input_shape: InputShape = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Also show, on these data, where bounds widen: digits, mnist, an .npz."),
+        typer.Option(metavar="DATA", help="Also show, on these data, where bounds widen."),
     ] = None,
     data_dir: DataDir = None,
     norm: Norm = "linf",
     eps: Eps = "0.1",
-    samples: Annotated[int, typer.Option(help="Average over the first examples of the data.")] = 10,
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="Average over the first N examples of the data.")
+    ] = 10,
 ) -> None:
-    """Layers, parameters, operators of MODEL, and what each method supports; with --data, how wide bounds are, layer by
-    layer."""
+    """List layers and operators of MODEL, and what supports them.
+
+    With --data also how wide bounds are, layer by layer.
+    """
     from calipers.cli import commands
 
     if data is None:
@@ -161,11 +236,18 @@ def inspect(
 
 
 @app.command()
-def methods() -> None:
-    """Every method by the side it works on."""
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A method, for its card.")
+    ] = None,
+) -> None:
+    """List all methods by side, or print the card of one.
+
+    A card says what the method guarantees, what it costs, when it is loose, and where it comes from.
+    """
     from calipers.cli import commands
 
-    commands.methods()
+    commands.methods(name)
 
 
 @app.command()
@@ -186,16 +268,16 @@ def gate(
         bool,
         typer.Option(
             "--estimates",
-            help="Let the shares of a sample count as they are, not their 95 % confidence limits.",
+            help="Take the shares of a sample as they are, not their 95 % confidence limits.",
         ),
     ] = False,
     junit: Annotated[
         Path | None, typer.Option(metavar="FILE.xml", help="Write the outcome as JUnit XML.")
     ] = None,
 ) -> None:
-    """Hold an audit's result against thresholds, for continuous integration.
+    """Hold the result of an audit against thresholds.
 
-    Exit code 0 if all hold, 1 if any fails.
+    Exit code 0 if all hold, 1 if any fails: for continuous integration.
     """
     from calipers.cli import gating
 
@@ -206,18 +288,16 @@ def gate(
         raise typer.Exit(1)
 
 
-runs = typer.Typer(
-    help="Run directories of audits: list, show, compare, export.", no_args_is_help=True
-)
+runs = typer.Typer(help="List, show, compare and export kept audits.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="What calipers audit --run named.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder of calipers audit --run.")]
 
 
 @runs.command("list")
 def list_runs(
-    root: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look.")] = Path(),
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Where to look.")] = Path(),
 ) -> None:
-    """A line for every run at or below DIR."""
+    """List the runs at or below DIR."""
     from calipers.cli import running
 
     running.listed(root)
@@ -225,7 +305,7 @@ def list_runs(
 
 @runs.command()
 def show(run: Run) -> None:
-    """What a run measured, and what each of its stages did."""
+    """Show what a run measured, and what each stage did."""
     from calipers.cli import running
 
     running.shown(run)
@@ -236,13 +316,31 @@ def diff(
     first: Run,
     second: Annotated[Path, typer.Argument(metavar="RUN", help="Another one.")],
 ) -> None:
-    """How two runs differ: in what they measured, and in which examples.
+    """Compare two runs: what they measured, and which examples differ.
 
     Exit code 1 if both measured the same thing and one proves what the other breaks.
     """
     from calipers.cli import running
 
     if not running.compared(first, second):
+        raise typer.Exit(1)
+
+
+@runs.command("compare")
+def compare_runs(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Runs of calipers audit --run, curves included."),
+    ],
+    report: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
+) -> None:
+    """Two or more runs side by side on one page: brackets, curves, and which examples changed sides.
+
+    Exit code 1 if two that measured the same thing contradict each other.
+    """
+    from calipers.cli import running
+
+    if not running.side_by_side(directories, report):
         raise typer.Exit(1)
 
 
@@ -256,7 +354,36 @@ def export(
         ),
     ],
 ) -> None:
-    """Write a run's examples for other programs."""
+    """Write the examples of a run for other programs."""
     from calipers.cli import running
 
     running.export(run, out)
+
+
+@app.command()
+def serve(
+    run: Run,
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    norm: Norm = "linf",
+    grid: Grid = None,
+    mask: Mask = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but this machine needs the token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8330,
+    token: Annotated[
+        str | None, typer.Option(envvar="CALIPERS_TOKEN", help="Ask for this one in any case.")
+    ] = None,
+) -> None:
+    """Explore RUN in a browser: its examples, brackets at any radius, attacks, bounds and loss surfaces, live.
+
+    MODEL, --data and the others as for the audit. Nothing is written.
+    """
+    from calipers.cli import commands, serving
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, "0", grid, mask)
+    serving.run(run, subject, host=host, port=port, token=token)

@@ -25,26 +25,29 @@ Anyway = Annotated[
 @app.command()
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A name from --list.")
+        str | None, typer.Argument(metavar="RECIPE", help="A name that --list shows.")
     ] = None,
     listed: Annotated[
-        bool, typer.Option("--list", help="The recipes, with what they need and give.")
+        bool, typer.Option("--list", help="List the recipes, with what they need and give.")
     ] = False,
     settings: Settings = None,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Keep network, log and checkpoint here; goes on there."),
+        typer.Option(
+            metavar="DIR", help="Keep network, log and checkpoint here, and go on from them."
+        ),
     ] = None,
     data_dir: DataDir = None,
     json: Json = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write TensorBoard's files into DIR.")
+        bool, typer.Option("--tensorboard", help="Also write files for TensorBoard.")
     ] = False,
     anyway: Anyway = False,
 ) -> None:
-    """Train a network by RECIPE: adversarially or for certificates, then measure it once on test data.
+    """Train a network by a recipe.
 
-    Several processes: torchrun --nproc-per-node N -m calipers.cli train RECIPE --run DIR.
+    For accuracy under attack or for certificates; test data are looked at once, at the end. Several processes:
+    torchrun --nproc-per-node N -m calipers.cli train RECIPE --run DIR.
     """
     from calipers.cli import training
 
@@ -64,10 +67,10 @@ def train(
 @app.command("compare")
 def compare_trainings(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of calipers train --run.")
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of calipers train --run.")
     ],
 ) -> None:
-    """Trainings side by side: clean, empirical and certified accuracy, and cost."""
+    """Set trainings side by side: accuracies and cost."""
     from calipers.cli import training
 
     training.compare(runs)
@@ -75,19 +78,22 @@ def compare_trainings(
 
 @app.command()
 def sweep(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As in calipers train.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A name that calipers train --list shows.")
+    ],
     vary: Annotated[
         list[str],
         typer.Option(metavar="KEY=A,B,...", help="A setting and its values; may be repeated."),
     ],
-    run: Annotated[
-        Path, typer.Option(metavar="DIR", help="A folder for each training goes in here.")
-    ],
+    run: Annotated[Path, typer.Option(metavar="DIR", help="Keep a folder for each training here.")],
     settings: Settings = None,
     data_dir: DataDir = None,
     anyway: Anyway = False,
 ) -> None:
-    """RECIPE once for each combination of values, then all side by side; goes on where it stopped."""
+    """Train a recipe once for each combination of values.
+
+    Then all are set side by side. Started again, it goes on where it stopped.
+    """
     from calipers.cli import training
 
     interrupted = training.sweep(
@@ -99,18 +105,21 @@ def sweep(
 
 @app.command()
 def download(
-    name: Annotated[str, typer.Argument(metavar="mnist|cifar10")],
+    name: Annotated[str, typer.Argument(metavar="mnist|cifar10", help="Which.")],
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where to; a cache folder, which is looked into, if left out."
+            metavar="DIR", help="Where to; if left out, a cache that is looked into by itself."
         ),
     ] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="URL", help="Another address that has the files.")
+        str | None, typer.Option(metavar="URL", help="Another address of the files.")
     ] = None,
 ) -> None:
-    """Fetch a data set, checked byte by byte; it is read from there without --data-dir."""
+    """Fetch a data set, checked byte by byte.
+
+    In the cache it is found without --data-dir.
+    """
     from calipers.cli import training
 
     training.fetch(name, data_dir, source)
@@ -119,19 +128,24 @@ def download(
 @app.command()
 def reproduce(
     data_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="The tutorial's weights and MNIST's four files.")
+        Path,
+        typer.Option(
+            metavar="DIR", help="Where the weights of the tutorial and the four files of MNIST are."
+        ),
     ],
     fast: Annotated[
-        bool, typer.Option("--fast", help="Attacks on a sample of the images.")
+        bool, typer.Option("--fast", help="Attack a sample of the images only.")
     ] = False,
     only: Annotated[
-        str, typer.Option(metavar="TEXT", help="Claims whose section or description holds TEXT.")
+        str,
+        typer.Option(metavar="TEXT", help="Only claims whose section or description holds TEXT."),
     ] = "",
     json: Json = None,
 ) -> None:
-    """The numbers that the tutorial of Kolter and Madry printed, computed again from its weights.
+    """Compute what the tutorial printed again.
 
-    Exit code 1 if any differs without a known reason.
+    From the weights of Kolter and Madry's tutorial, each number beside the printed one. Exit
+    code 1 if any differs without a known reason.
     """
     from calipers.cli import reproducing
 
