@@ -617,6 +617,22 @@ def test_sparse_products_are_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None
     assert sparse.terms <= dense.terms
 
 
+def test_convolutions_are_pulled_back_from_any_part_of_the_image() -> None:
+    """A·(Lx) = (AL)·x in whole numbers, for rows that are zero but for a few places, and for rows of zeros."""
+    rng = np.random.default_rng(0)
+    for kind in ({"strides": [2, 1], "pads": [1, 0, 2, 1]}, {"dilations": [2, 2]}, {"group": 2}):
+        weight = rng.integers(-3, 4, (4, 2 // kind.get("group", 1), 3, 2)).astype(np.float32)
+        node = helper.make_node("Conv", ["x", "w"], ["y"], **kind)
+        conv = read_network(onnx_bytes([node], {"w": weight}, (1, 2, 7, 6), (1, 4, 1, 1))).steps[0]
+        x = rng.integers(-5, 6, (1, 84)).astype(float)
+        y = conv.along(0, x)[0]
+        for used in (0, 1, 2, len(y)):
+            A = np.zeros((3, len(y)))
+            places = rng.choice(len(y), used, replace=False)
+            A[:, places] = rng.integers(-3, 4, (3, used))
+            assert np.array_equal(A @ y, conv.back(0, A) @ x[0])
+
+
 def test_values_that_are_read_more_than_once(tmp_path: Path) -> None:
     """y = relu(x) + relu(x) + x − x, at most 2; a bias behind a shared product belongs to one reader alone."""
     nodes = [

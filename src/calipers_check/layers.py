@@ -196,9 +196,9 @@ def _slice(places: range) -> slice:
 
 
 def _span(used: Array) -> tuple[int, int]:
-    """From the first that is used to behind the last."""
+    """From the first that is used to behind the last; one place where there is none."""
     places = np.flatnonzero(used)
-    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
 
 
 @dataclass
