@@ -396,3 +396,48 @@ def test_files_of_data(tmp_path: Any, x: Any, y: Any, message: str) -> None:
     np.savez(tmp_path / "data.npz", x=np.asarray(x), y=np.asarray(y))
     with pytest.raises(DataError, match=message):
         load(str(tmp_path / "data.npz"))
+
+
+# -- interruptions ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ctrl_c(call: int) -> Iterator[None]:
+    """Ctrl-C in the midst of a pass of the network."""
+    calls = 0
+
+    def press(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    hook = NETWORK.module.register_forward_pre_hook(press)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("call", [14, 20, 30])
+def test_interrupted_measurements_say_what_they_have(call: int) -> None:
+    threat = cp.ThreatModel(math.inf, 0.2)
+    stages = select(["clean", "fgsm", "pgd-20", "interval", "crown"])
+    with ctrl_c(call):
+        result = cp.audit(NETWORK, (X, Y), threat, cascade=stages, chunk=1)
+    whole = cp.audit(NETWORK, (X, Y), threat, cascade=stages)
+    assert result.stopped == "interrupted"
+    assert result.certified <= whole.certified <= whole.empirical <= result.empirical
+    assert result.unknown > whole.unknown
+    assert any("interrupted" in result.reason(row) for row in range(COUNT))
+
+
+def test_interrupted_verification_and_attack() -> None:
+    threat = cp.ThreatModel(math.inf, 0.2)
+    with ctrl_c(14):
+        bracket = cp.verify(NETWORK, X, Y, threat, seconds=60)
+    assert len(bracket) == COUNT
+    with ctrl_c(14):
+        found = empirical(NETWORK, (X, Y), threat, level="quick")
+    assert found.stopped == "interrupted"
+    assert found.accuracy <= found.clean_accuracy == 1

@@ -176,3 +176,21 @@ def test_other_files_of_that_name_are_passed_over(tmp_path, text):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.json").write_text(text)
     assert history(tmp_path / "mine", {"data": "d", "threat": "t"}) == []
+
+
+def test_the_command_line_says_it(run):
+    code, out, err = run(
+        "audit",
+        "digits_pgd",
+        "--samples",
+        "20",
+        "--methods",
+        "clean,interval",
+        "--comparisons",
+        "4",
+    )
+    assert code == 0, err
+    text = " ".join(out.split())
+    assert "on all 500 examples between" in text
+    assert "both ends, 4 audits of this sample together" in text
+    assert "sampling error (more examples:" in text
