@@ -74,21 +74,23 @@ def main(args: argparse.Namespace) -> None:
         audits = starts = 0
         while sum(kills.values()) < args.kills:
             audits += 1
-            folder, seen, code, took = Path(root) / str(audits), 0, -1, usual
+            folder, seen, code = Path(root) / str(audits), 0, -1
             while code:
                 driver, begin, before = started(folder, args), time.monotonic(), sum(kills.values())
                 starts += 1
                 while driver.poll() is None and sum(kills.values()) < args.kills:
                     with suppress(subprocess.TimeoutExpired):
-                        driver.wait(draws.uniform(0, took))
+                        driver.wait(draws.uniform(0, usual / 2))
                     who = min(kills, key=lambda name: (kills[name], draws.random()))
                     pids = [driver.pid] if who == "driver" else workers(driver.pid)
                     if driver.poll() is None and pids:
                         os.kill(draws.choice(pids), signal.SIGKILL)
                         kills[who] += 1
                 code = driver.wait()
-                if sum(kills.values()) == before:  # nobody disturbed it: so long it takes now
-                    took = min(took, time.monotonic() - begin)
+                if (
+                    sum(kills.values()) == before and not seen
+                ):  # nobody disturbed it: so long it takes now
+                    usual = time.monotonic() - begin
                 if code not in (0, -signal.SIGKILL):
                     raise SystemExit(f"audit {audits}: the driver ended with {code}")
                 now = units(folder)

@@ -419,6 +419,19 @@ def test_gzip_of_very_many_members(tmp_path: Path) -> None:
     assert accepts(case, path)
 
 
+def test_rows_of_one_node_are_counted(tmp_path: Path) -> None:
+    """Their planes are kept until the node is left."""
+    case, _ = two_neuron_case(tmp_path)
+    for count, reason in ((110, "not proved"), (111, "too many rows"), (10**6, "too many rows")):
+        zeros = np.zeros(count, np.uint8)
+        lines = {
+            "0/line.node": zeros,
+            "0/line.clause": zeros,
+            "0/line.choice": np.full(count, -1, I32),
+        }
+        assert reason in refused(case, case.write(lines).read_bytes())
+
+
 def test_nodes_that_wait_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import calipers_check.prove as prove
 

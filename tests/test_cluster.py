@@ -183,8 +183,11 @@ AUTO = """
         doors = sorted({host for host, inode in set(listening()) - before if inode in inodes})
         address = ray.get_runtime_context().gcs_address
         dashboard = bool(ray._private.worker.global_worker.node.webui_url)
+    tasks = iter([(6, 60.0)])
+    with cluster.Cluster(None, prepare, 10) as team:  # once more in the same process
+        again = [answer[0] for _, answer in team.answers(lambda: next(tasks, None))]
     out = {
-        "answers": {k: list(v) for k, v in answers.items()}, "doors": doors, "address": address,
+        "again": again, "answers": {k: list(v) for k, v in answers.items()}, "doors": doors, "address": address,
         "dashboard": dashboard, "left": "RAY_AUTH_TOKEN" in os.environ, "up": ray.is_initialized(),
         "notes": list(team.notes),
     }
@@ -204,6 +207,7 @@ def test_a_cluster_of_our_own_is_closed_to_others(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     right = {str(n): [10 * n, "token"] for n in (1, 2, 4, 5)}
     assert found["answers"] == {**right, "3": [0, cluster.LOST]}
+    assert found["again"] == [60]
     assert not found["dashboard"]
     assert not found["left"]
     assert not found["up"]
@@ -225,7 +229,7 @@ def use(address):
 
 @needs_ray
 @pytest.mark.parametrize(
-    "address", ["ray://host:10001", "host", "host:0", "host:99999", "a b:1", "host:6379/x"]
+    "address", ["", "ray://host:10001", "host", "host:0", "host:99999", "a b:1", "host:6379/x"]
 )
 def test_what_is_no_address_is_named(address):
     with pytest.raises(WorkerError, match=r"is no address; give auto, or HOST:PORT"):
@@ -261,6 +265,19 @@ def test_an_address_that_does_not_answer_is_given_up(monkeypatch):
             use(f"{LOOPBACK}:{silent.getsockname()[1]}")
         for other in others:
             other.close()
+
+
+@needs_ray
+def test_the_command_names_what_is_wrong(run):
+    code, out, err = run(
+        "audit", "digits_pgd", "--samples", "5", "--methods", "clean", "--ray", "nowhere"
+    )
+    assert code == 2
+    assert out == ""
+    assert err.startswith("calipers: ray: 'nowhere' is no address")
+    code, _, err = run("audit", "digits_pgd", "--samples", "5", "--ray", "auto", "--workers", "0")
+    assert code == 2
+    assert "workers: 0" in err
 
 
 def test_without_ray_there_is_a_remedy(monkeypatch):

@@ -139,13 +139,14 @@ class Conv(Affine):
     def terms(self) -> int:
         return int(np.prod(self.weight.shape))  # more than any sum, in either direction
 
-    def _windows(self) -> list[tuple[int, int, slice, slice]]:
+    def _windows(self) -> list[tuple[int, int, range, range]]:
+        """For each place of the kernel the rows and columns of the padded operand that it meets."""
         spans = []
         for i in range(self.weight.shape[2]):
             for k in range(self.weight.shape[3]):
                 at = (i * self.dilation[0], k * self.dilation[1])
                 rows, columns = (
-                    slice(a, a + s * (n - 1) + 1, s)
+                    range(a, a + s * (n - 1) + 1, s)
                     for a, s, n in zip(at, self.stride, self.out[1:], strict=True)
                 )
                 spans.append((i, k, rows, columns))
@@ -164,7 +165,7 @@ class Conv(Affine):
         wide = np.zeros((n, *self._padded()), dtype=x.dtype)
         wide[:, :, *self._inner()] = x.reshape(n, *self.shape)
         wide = wide.reshape(n, g, -1, *wide.shape[2:])
-        parts = [wide[..., rows, columns] for _, _, rows, columns in self._windows()]
+        parts = [wide[..., _slice(r), _slice(c)] for _, _, r, c in self._windows()]
         patches = np.stack(parts, 3).reshape(n, g, -1, self.out[1] * self.out[2])
         return (weight.reshape(g, len(weight) // g, -1) @ patches).reshape(n, -1)
 
@@ -177,12 +178,27 @@ class Conv(Affine):
     def back(self, j: int, A: Array) -> Array:
         n, g = len(A), self.groups
         matrix = self.weight.reshape(g, len(self.weight) // g, -1)
+        A = A.reshape(n, *self.out)
+        used = (A != 0).any((0, 1))  # rows of few neurons see a part of the image alone
+        (top, bottom), (left, right) = (_span(used.any(1 - axis)) for axis in (0, 1))
+        A = A[:, :, top:bottom, left:right]
         patches = matrix.swapaxes(1, 2) @ A.reshape(n, g, matrix.shape[1], -1)
-        patches = patches.reshape(n, self.shape[0], -1, *self.out[1:])
+        patches = patches.reshape(n, self.shape[0], -1, *A.shape[2:])
         wide = np.zeros((n, *self._padded()), dtype=A.dtype)
         for p, (_, _, rows, columns) in enumerate(self._windows()):
-            wide[:, :, rows, columns] += patches[:, :, p]
+            part = _slice(rows[top:bottom]), _slice(columns[left:right])
+            wide[:, :, *part] += patches[:, :, p]
         return wide[:, :, *self._inner()].reshape(n, -1)
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop, places.step)
+
+
+def _span(used: Array) -> tuple[int, int]:
+    """From the first that is used to behind the last; one place where there is none."""
+    places = np.flatnonzero(used)
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
 
 
 @dataclass

@@ -79,10 +79,10 @@ def _forms(text: str) -> Iterable[list[Any]]:
     stack: list[list[Any]] = []
     at = 0
     for match in _TOKEN.finditer(text):
-        if text[at : match.start()].strip():
-            raise Unusable(f"property: cannot read {text[at : match.start()].strip()[:40]!r}")
-        at = match.end()
-        word = match.group().strip()
+        start, end = match.span()
+        if start > at and not text[at:start].isspace():
+            raise Unusable(f"property: cannot read {text[at:start].strip()[:40]!r}")
+        at, word = end, match.group()
         if word == "(":
             stack.append([])
             if len(stack) > MAX_DEPTH:
@@ -170,7 +170,7 @@ class _Query:
             case ["-", first, *rest]:
                 total = self.linear(first)
                 for other in rest:
-                    total = _plus(total, _times(self.linear(other), -1))
+                    total = _minus(total, self.linear(other))
                 return total
             case ["*", first, *rest]:
                 total = self.linear(first)
@@ -246,7 +246,7 @@ class _Query:
         for relation in relations:
             match relation:
                 case [str(op), left, right] if op in _RELATIONS:
-                    form = _plus(self.linear(left), _times(self.linear(right), -1))
+                    form = _minus(self.linear(left), self.linear(right))
                     for sign in _RELATIONS[op]:
                         part.add(_times(form, sign), op in ("<", ">"), base)
                 case _:
@@ -268,15 +268,17 @@ class _Part:
         terms = {v: c for v, c in form.terms.items() if c}
         if not terms:
             self.false |= form.constant > 0 or (strict and form.constant == 0)
-        elif all(v < 0 for v in terms):
+        elif max(terms) < 0:
             self.rows.append(_representable(Linear(terms, form.constant)))
         elif len(terms) == 1:
             ((i, c),) = terms.items()
-            end = -form.constant * c if abs(c) == 1 else Fraction(-form.constant) / c
-            if c > 0:
-                self.high[i] = min(self.high.get(i, base.high.get(i, end)), end)
-            else:
-                self.low[i] = max(self.low.get(i, base.low.get(i, end)), end)
+            end = -form.constant * c if c in (1, -1) else Fraction(-form.constant) / c
+            ends, others = (self.high, base.high) if c > 0 else (self.low, base.low)
+            old = ends.get(i, others.get(i))
+            if old is None or (end < old) == (c > 0):
+                ends[i] = end
+            elif i not in ends:
+                ends[i] = old
         # what relates several inputs, or inputs and outputs, is left out: that makes more points unsafe
 
     def contradicts(self, base: _Part) -> bool:
@@ -326,6 +328,13 @@ def _plus(a: Linear, b: Linear) -> Linear:
     for variable, coefficient in b.terms.items():
         terms[variable] = terms.get(variable, 0) + coefficient
     return Linear(terms, a.constant + b.constant)
+
+
+def _minus(a: Linear, b: Linear) -> Linear:
+    terms = dict(a.terms)
+    for variable, coefficient in b.terms.items():
+        terms[variable] = terms.get(variable, 0) - coefficient
+    return Linear(terms, a.constant - b.constant)
 
 
 def _times(a: Linear, factor: Number) -> Linear:

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from calipers.errors import WorkerError
@@ -157,8 +158,8 @@ def joined(address: str, processors: int | None = None) -> Iterator[tuple[Any, t
     if known is not None and known.is_initialized():
         yield known, _weakness()
         return
-    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-    with _settings({} if place else SETTINGS | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+    place = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or "''"
+    with _settings({} if place else SETTINGS | {"RAY_AUTH_TOKEN": _token()}):
         ray = _imported()
         try:
             _connect(ray, place, processors)
@@ -196,6 +197,12 @@ def _connect(ray: Any, place: str, processors: int | None) -> None:
             "ray: was imported before the audit, so that a cluster started now would listen to the network; import it "
             "later, or start a cluster yourself and give its address"
         )
+
+
+@cache
+def _token() -> str:
+    """The token of clusters that are started here: one for each process, because Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def _weakness() -> tuple[str, ...]:

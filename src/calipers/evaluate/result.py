@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,19 @@ from calipers.sets import Number, ThreatModel
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from calipers.attacks.diagnostics import Finding
+
 NORM = {1.0: "l1", 2.0: "l2", math.inf: "linf"}
+
+
+class Units(NamedTuple):
+    """What a method said about each example it was tried on, all (M,): which example, both ends, seconds and work."""
+
+    rows: Tensor
+    lower: Tensor
+    upper: Tensor
+    seconds: Tensor
+    work: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,7 @@ class Row:
     Args:
         stored: the part of ``seconds`` spent in earlier, interrupted calls.
         work: passes of the network, summed over examples (`calipers.work`); 0 where a method does not count.
+        units: the same by example, where it was tried on any.
     """
 
     name: str
@@ -43,6 +56,7 @@ class Row:
     note: str = ""
     stored: float = 0.0
     work: float = 0.0
+    units: Units | None = field(default=None, repr=False, compare=False)
 
     @property
     def passes(self) -> str:
@@ -241,7 +255,23 @@ class Audit:
         from calipers.evaluate.report import render
         from calipers.files import write_atomically
 
-        write_atomically(path, render(self))
+        write_atomically(path, render(self, folder=Path(path).parent))
+
+    def figures(self, folder: str | Path) -> str:
+        """The report's figures as SVG, PNG and PDF; why the last two are missing, or nothing."""
+        from calipers.evaluate.figures import figures, save
+
+        return save(folder, figures(self))
+
+
+def threat_identity(threat: ThreatModel) -> str:
+    """The threat model as a string that tells any two apart."""
+    parts = (
+        f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
+        for name, v in vars(threat).items()
+        if name != "p" and v is not None
+    )
+    return f"p={float(threat.p):g} {' '.join(parts)}"
 
 
 def threat_json(threat: ThreatModel) -> dict[str, Any]:

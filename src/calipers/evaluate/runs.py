@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -166,6 +167,21 @@ def find(root: str | Path) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     return sorted(file.parent for file in root.rglob("run.sqlite") if file.is_file())
+
+
+def radius_given(run: Stored) -> str | float | None:
+    """The radius as it was given to the audit, a text or a float; None where it is no single number."""
+    text = str(run.identity.get("threat", ""))
+    found = re.search(
+        r"\beps=(?:'([^']+)'|Fraction\((\d+), (\d+)\)|([-+.\de]+)(?: |$))", text, re.ASCII
+    )
+    if not found:
+        return None
+    quoted, top, bottom, number = found.groups()
+    try:
+        return quoted or (f"{top}/{bottom}" if top else float(number))
+    except ValueError:
+        return None
 
 
 class Difference(NamedTuple):
