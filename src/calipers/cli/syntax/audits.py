@@ -174,7 +174,7 @@ def landscape(
     model: Model = None,
     data: DataName = "digits",
     data_dir: DataDir = None,
-    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    index: Annotated[int, typer.Option(metavar="N", help="Which example, counted from 0.")] = 0,
     eps: Annotated[
         str, typer.Option(metavar="E", help="How far along each direction, in input units.")
     ] = "0.1",
@@ -184,7 +184,9 @@ def landscape(
             metavar="MODEL[=WEIGHTS]", help="Another network on the same scale; may be repeated."
         ),
     ] = None,
-    size: Annotated[int, typer.Option(help="Points along each direction; an odd number.")] = 41,
+    size: Annotated[
+        int, typer.Option(metavar="N", help="Points along each direction; an odd number.")
+    ] = 41,
     own_scale: Annotated[
         bool, typer.Option("--own-scale", help="Draw each network on a scale of its own.")
     ] = False,
@@ -196,7 +198,10 @@ def landscape(
     input_shape: InputShape = None,
     seed: Seed = 0,
 ) -> None:
-    """The loss and margin of one example over the gradient's signs and random ones, and how flat they are."""
+    """The loss around one example, as a surface, and how flat it is.
+
+    Loss and margin over the directions of the gradient's signs and of random ones.
+    """
     from calipers.cli import commands, landscaping
 
     subject = commands.Subject(model, weights, input_shape, data, data_dir, "linf", eps)
@@ -334,7 +339,9 @@ def compare_runs(
     ],
     report: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
 ) -> None:
-    """Two or more runs side by side on one page: brackets, curves, and which examples changed sides.
+    """Several runs side by side, as one HTML page.
+
+    Brackets, curves, and which examples changed sides.
 
     Exit code 1 if two that measured the same thing contradict each other.
     """
@@ -372,16 +379,28 @@ def serve(
     weights: Weights = None,
     input_shape: InputShape = None,
     host: Annotated[
-        str, typer.Option(help="Where to listen; anything but this machine needs the token.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Where to listen; anything but this machine needs the token."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8330,
+    port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT", min=0, max=65535, help="Where to listen; 0 takes any free port."
+        ),
+    ] = 8330,
     token: Annotated[
-        str | None, typer.Option(envvar="CALIPERS_TOKEN", help="Ask for this one in any case.")
+        str | None,
+        typer.Option(
+            metavar="TOKEN", envvar="CALIPERS_TOKEN", help="Ask for this one in any case."
+        ),
     ] = None,
 ) -> None:
-    """Explore RUN in a browser: its examples, brackets at any radius, attacks, bounds and loss surfaces, live.
+    """Explore a run in the browser, with live brackets.
 
-    MODEL, --data and the others as for the audit. Nothing is written.
+    Its examples, brackets at any radius, attacks, bounds and loss surfaces. MODEL, --data and the others as for the
+    audit. Nothing is written.
     """
     from calipers.cli import commands, serving
 
