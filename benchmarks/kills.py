@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         whole, begin = Path(root) / "whole", time.monotonic()
         started(whole, args).wait()
-        took, expected = time.monotonic() - begin, table(whole)
-        print(f"undisturbed: {units(whole)} units in {took:.1f} s", flush=True)
+        usual, expected = time.monotonic() - begin, table(whole)
+        print(f"undisturbed: {units(whole)} units in {usual:.1f} s", flush=True)
         kills = {"driver": 0, "worker": 0}
         audits = starts = 0
         while sum(kills.values()) < args.kills:
@@ -80,15 +80,17 @@ def main(args: argparse.Namespace) -> None:
                 starts += 1
                 while driver.poll() is None and sum(kills.values()) < args.kills:
                     with suppress(subprocess.TimeoutExpired):
-                        driver.wait(draws.uniform(0, took))
-                    who = draws.choice(["driver", "worker"])
+                        driver.wait(draws.uniform(0, usual / 2))
+                    who = min(kills, key=lambda name: (kills[name], draws.random()))
                     pids = [driver.pid] if who == "driver" else workers(driver.pid)
                     if driver.poll() is None and pids:
                         os.kill(draws.choice(pids), signal.SIGKILL)
                         kills[who] += 1
                 code = driver.wait()
-                if sum(kills.values()) == before:  # nobody disturbed it: so long it takes now
-                    took = min(took, time.monotonic() - begin)
+                if (
+                    sum(kills.values()) == before and not seen
+                ):  # nobody disturbed it: so long it takes now
+                    usual = time.monotonic() - begin
                 if code not in (0, -signal.SIGKILL):
                     raise SystemExit(f"audit {audits}: the driver ended with {code}")
                 now = units(folder)

@@ -1,14 +1,15 @@
 """The run store and the workers, measured.
 
     python benchmarks/store.py units [--units 100000] [--point 784]
-    python benchmarks/store.py overhead [--units 300]
-    python benchmarks/store.py workers [--samples 64] [--repeat 3]
+    python benchmarks/store.py overhead [--units 300] [--ray]
+    python benchmarks/store.py workers [--samples 64] [--repeat 3] [--ray]
 
 ``units``: synthetic units stored in batches of 100 and read back, with points of --point float32 numbers: units a
 second, bytes, peak memory of a process of its own. ``overhead``: what a unit of one example costs beyond a measurement
 that does nothing, with one worker and a store. ``workers``: a bound-heavy audit (CROWN and alpha-CROWN on a 256-256
-network of its own) by one worker and by two, one thread each: wall seconds from the first to the last unit, and CPU
-seconds; run it on a machine with nothing else to do.
+network of its own) by one worker and by two, one thread each: wall seconds from the first to the last unit, and
+which share of them the workers were measuring; run it on a machine with nothing else to do. ``--ray``: the workers
+are those of a Ray cluster started here.
 """
 
 from __future__ import annotations
@@ -93,11 +94,12 @@ def overhead(args: argparse.Namespace) -> None:
         last[at.stage] = at
         cpu[at.stage] = time.process_time()
 
-    for workers in (None, 1):
+    for workers in (1,) if args.ray else (None, 1):
         with tempfile.TemporaryDirectory() as folder:
             result = audit(
                 network, (data.x[: args.units], data.y[: args.units]), ThreatModel(math.inf, "0.1"),
                 cascade=stages, run=folder, chunk=1, workers=workers, progress=noted,
+                ray="auto" if args.ray else None,
             )  # fmt: skip
         spent = 1e3 * (cpu["nothing"] - cpu["clean"])
         at, inside = last["nothing"], result.methods[1].seconds
@@ -133,16 +135,17 @@ def workers(args: argparse.Namespace) -> None:
             def noted(at: Progress, seconds: dict[str, float] = seconds) -> None:
                 seconds[at.stage] = at.seconds
 
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            audit(
+            result = audit(
                 network, data, ThreatModel(math.inf, "0.02"), cascade=stages, workers=count,
-                progress=noted,
+                progress=noted, ray="auto" if args.ray else None,
             )  # fmt: skip
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
             wall = seconds["crown"] + seconds["alpha_crown"]  # the workers start in "clean"
             walls.append(wall)
-            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            print(f"{count} workers: {wall:.1f} s wall, {cpu:.1f} s CPU with start", flush=True)
+            busy = sum(row.seconds for row in result.methods[1:])
+            print(
+                f"{count} workers: {wall:.1f} s wall, {busy:.1f} s of measuring in all workers: busy "
+                f"{busy / wall / count:.0%}", flush=True,
+            )  # fmt: skip
     print(f"two workers against one: {min(found[1]) / min(found[2]):.2f}x")
 
 
@@ -157,9 +160,11 @@ if __name__ == "__main__":
             sub.add_argument("--point", type=int, default=784)
         elif command is overhead:
             sub.add_argument("--units", type=int, default=300)
+            sub.add_argument("--ray", action="store_true")
         else:
             sub.add_argument("--samples", type=int, default=64)
             sub.add_argument("--repeat", type=int, default=3)
+            sub.add_argument("--ray", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.run(given)

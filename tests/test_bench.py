@@ -27,7 +27,7 @@ from calipers.evaluate.bench import (
     tasks,
 )
 from calipers.evaluate.plots import cactus
-from calipers.evaluate.workers import Worker
+from calipers.evaluate.workers import Process
 from queries import ANSWERS, DIAMOND, text, write_network
 
 CALIPERS = [sys.executable, "-c", "from calipers.cli import main; main()"]
@@ -129,14 +129,14 @@ def test_a_worker_that_dies_or_hangs_is_replaced(tmp_path: Path, monkeypatch) ->
     """The network's file is a pipe that nobody writes to (hangs), or the worker is killed from outside."""
     folder = suite(tmp_path / "s", {"(>= Y_0 1.5)": "sat", "(>= Y_0 3)": "unsat"})
     monkeypatch.setattr(module, "GRACE", 0.5)
-    original = Worker.give
+    original = Process.give
 
     def give(self, task, sent, seconds):
         original(self, task, sent, seconds)
         if task.vnnlib == "p0.vnnlib":
             os.kill(self.process.pid, signal.SIGKILL if kill else signal.SIGSTOP)
 
-    monkeypatch.setattr(Worker, "give", give)
+    monkeypatch.setattr(Process, "give", give)
     kill = True
     first, second = bench(tasks(folder))
     assert (first.result, second.result) == ("error", "unsat")

@@ -196,22 +196,11 @@ def bracket(network: Network, region: Region, spec: Spec, count: int = 400) -> t
     return values.amin().item() - constant * step / 2, inside.amin().item()
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        "relu",
-        pytest.param(
-            "tanh",
-            marks=pytest.mark.xfail(
-                strict=True, reason="only corners are tried, and linear programs"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("op", ["relu", "tanh"])
 def test_a_failure_away_from_all_corners_is_found(op: str) -> None:
     """A pit in the middle of an interval: sub-problems close in on it, and its point must be tried."""
     network = {"relu": spike((0.3125,), 2**-10, 1.25), "tanh": pit()}[op]
-    found = search(network, UNIT, Spec.functional(torch.ones(1, 1, 1)), deadline=deadline(1.0))
+    found = search(network, UNIT, Spec.functional(torch.ones(1, 1, 1)), deadline=deadline(20.0))
     assert found.point is not None, found
 
 
@@ -235,13 +224,7 @@ def pit() -> Network:
     return b.network()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "clamp",
-        pytest.param("pool", marks=pytest.mark.xfail(strict=True, reason="maxima are not split")),
-    ],
-)
+@pytest.mark.parametrize("name", ["clamp", "pool"])
 def test_every_piecewise_linear_op_is_split(name: str) -> None:
     network = dense(2, (2, 5, 4, 3), *OPS["clamp"]) if name == "clamp" else maximum()
     region, spec = ball(network, INF, 0.5), drawn(2, [0, 1, 2], 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,17 @@ def test_a_certificate_by_hand_for_two_neurons(tmp_path: Path) -> None:
     assert (found.clauses, found.trees, found.nodes) == (1, 1, 3)
     path.write_bytes(gzip.compress(path.read_bytes()))
     assert accepts(case, path)
+
+
+def test_the_ten_lines_of_the_documentation(tmp_path: Path) -> None:
+    """The page's own code, run as it stands, writes a certificate that is accepted."""
+    page = Path(__file__).parents[1] / "docs" / "certificates.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+    for threshold, expected in (("0.51", True), ("-0.5", False)):
+        case, _ = two_neuron_case(tmp_path, threshold)
+        path = tmp_path / "proof.cert"
+        exec(code, {"network": case.network, "prop": case.prop, "path": path})  # noqa: S102
+        assert accepts(case, path) is expected
 
 
 def test_what_the_split_and_the_multipliers_are_for(tmp_path: Path) -> None:
@@ -603,6 +615,22 @@ def test_sparse_products_are_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None
             gap = getattr(one, name)(0, v) - getattr(other, name)(0, v)
             assert np.abs(gap.astype(float)).max() < 1e-14
     assert sparse.terms <= dense.terms
+
+
+def test_convolutions_are_pulled_back_from_any_part_of_the_image() -> None:
+    """A·(Lx) = (AL)·x in whole numbers, for rows that are zero but for a few places, and for rows of zeros."""
+    rng = np.random.default_rng(0)
+    for kind in ({"strides": [2, 1], "pads": [1, 0, 2, 1]}, {"dilations": [2, 2]}, {"group": 2}):
+        weight = rng.integers(-3, 4, (4, 2 // kind.get("group", 1), 3, 2)).astype(np.float32)
+        node = helper.make_node("Conv", ["x", "w"], ["y"], **kind)
+        conv = read_network(onnx_bytes([node], {"w": weight}, (1, 2, 7, 6), (1, 4, 1, 1))).steps[0]
+        x = rng.integers(-5, 6, (1, 84)).astype(float)
+        y = conv.along(0, x)[0]
+        for used in (0, 1, 2, len(y)):
+            A = np.zeros((3, len(y)))
+            places = rng.choice(len(y), used, replace=False)
+            A[:, places] = rng.integers(-3, 4, (3, used))
+            assert np.array_equal(A @ y, conv.back(0, A) @ x[0])
 
 
 def test_values_that_are_read_more_than_once(tmp_path: Path) -> None:

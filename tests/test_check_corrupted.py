@@ -128,7 +128,7 @@ def test_every_length_of_the_file_but_the_right_one(tmp_path: Path) -> None:
         ({"trees": [{"clauses": [0, 0]}]}, "clauses"),
         ({"trees": [{"clauses": [0], "root": 0}]}, "no earlier tree"),
         ({"trees": [{"clauses": [0], "root": -1}]}, "no earlier tree"),
-        ({"trees": [{"clauses": [0]}, {"clauses": [0], "root": 1}]}, "no earlier tree"),
+        ({"trees": [{"clauses": [0]}, {"clauses": [0], "root": 0}]}, "2 of them for 1 clauses"),
         ({"trees": [[0]]}, "keys"),
     ],
 )
@@ -334,3 +334,44 @@ def test_balls(tmp_path: Path, p: str) -> None:
             except Refused:
                 found = False
             assert found is (expected and not change)
+
+
+# -- fields -----------------------------------------------------------------------------------------------------------
+
+OUTSIDE = {  # entries that no certificate may have, at places that count
+    "child": [-1, 2, 2**31 - 1], "layer": [-2, 2, 2**31 - 1], "element": [-1, 3, 2**31 - 1],
+    "point": [np.nan, np.inf], "bounds": [4, 255], "proof": [3, 255], "trim": [2, 255],
+    "column.layer": [-1, 2], "column.element": [-1, 3], "bound.node": [-1, 1, 2**31 - 1], "bound.layer": [-1, 2],
+    "bound.element": [-1, 3], "bound.side": [2, 255], "bound.choice": [], "line.node": [-1, 2**31 - 1],
+    "line.clause": [-2, 1, 2**31 - 1], "line.choice": [-2, 5, 2**31 - 1], "choice": [-0.5, 1.5, np.nan, np.inf],
+    "multiplier": [-0.5, np.nan, np.inf], "weight": [-0.5, np.nan, np.inf],
+}  # fmt: skip
+
+
+def whole_certificate(folder: Path) -> tuple[Case, Arrays]:
+    """Every array of the format, for a clause of two functionals that holds by far."""
+    layers = random_layers(0, (2, 3, 3, 1))
+    unsafe = "(and (>= Y_0 50) (>= Y_0 40))"
+    case = Case(folder, mlp(layers), query([-1.0, -1.0], [1.0, 1.0], 1, unsafe))
+    arrays = random_certificate(np.random.default_rng(1), layers, 3)
+    arrays["0/proof"] = np.maximum(arrays["0/proof"], 1)
+    named = arrays["0/line.clause"] == 0
+    return case, arrays | {"0/weight": np.ones(2 * int(named.sum()), np.float32)}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_every_field_corrupted_in_turn_is_refused(tmp_path: Path, name: str) -> None:
+    case, arrays = whole_certificate(tmp_path)
+    assert set(arrays) == {f"0/{n}" for n in OUTSIDE}
+    assert accepts(case, case.write(arrays))
+    old = arrays[f"0/{name}"]
+    wrong: list[Any] = [old[:-1], np.concatenate([old, old[-1:]]), old[None], old[:0].reshape(0, 7)]
+    wrong += [old.astype(np.int32 if old.dtype.kind == "f" else np.float32)]
+    for value in OUTSIDE[name]:
+        new = old.copy().astype(np.int32 if old.dtype.kind == "u" else old.dtype)
+        new.reshape(-1)[0] = value
+        wrong.append(new)
+    for new in wrong:
+        if name in ("choice",) and len(new) == len(old) + 1:
+            continue  # one row more, which nothing uses
+        assert not accepts(case, case.write(arrays | {f"0/{name}": new})), (name, new)

@@ -413,3 +413,17 @@ def test_diagnose_adds_a_line_for_each_check(run):
     assert code == 0, err
     for check in CHECKS:
         assert f"ok       {check}" in out
+
+
+def test_an_audit_can_be_diagnosed_too(run, tmp_path):
+    file = tmp_path / "audit.json"
+    code, out, err = run(
+        "audit", "digits_pgd", "--eps", "0.1", "--samples", "10", "--methods", "clean,fgsm", "--diagnose",
+        "--json", str(file),
+    )  # fmt: skip
+    assert code == 0, err
+    for check in CHECKS:
+        assert f"ok       {check}" in out
+    found = json.loads(file.read_text())["diagnostics"]
+    assert [f["name"] for f in found] == list(CHECKS)
+    assert not any(f["warning"] for f in found)

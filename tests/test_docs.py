@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import pydoc
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,3 +105,17 @@ def test_commands_stop_at_the_first_that_fails(tool: Any, tmp_path: Path) -> Non
     done = shell.run("python file.py  # a comment", folder)
     assert (done["code"], done["out"]) == (3, "written\n")
     assert shell.run("echo one | tr a-z A-Z", folder)["out"] == "ONE\n"
+
+
+PAGES = sorted(p for p in TOOLS.parent.rglob("*.md") if "generated" not in p.parts)
+NAME = re.compile(r"`(calipers(?:\.\w+)+)(?:\(\))?`")
+TEST = re.compile(r"`(tests/[\w/]+(?:\.py)?)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_and_tests_on_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file in TEST.findall(text):
+        assert (TOOLS.parents[1] / file).exists(), file
+    for name in NAME.findall(text):
+        assert pydoc.locate(name) is not None, name

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from calipers import ThreatModel, data
+from calipers import Spec, ThreatModel, data
+from calipers.attacks.surface import surface
 from calipers.graph.capture import capture
 from calipers.training import objectives
-from calipers.training.experiments import cross_norm, exact_step, interval_reach, surface
+from calipers.training.experiments import cross_norm, exact_step, interval_reach
 
 EPS = 0.1
 LINF = ThreatModel(math.inf, EPS)
@@ -73,12 +74,14 @@ def test_adversarial_training_defends_its_own_norm(networks, test_set):
         assert of["none"] >= of["linf"]
 
 
+def around(network, x, y, i, size):
+    return surface(network, x[i : i + 1], Spec.label(y[i : i + 1], 10), EPS, size=size)
+
+
 def test_robust_losses_are_flat(networks, test_set):
     x, y = test_set
     rises = {
-        name: torch.tensor(
-            [surface(network, x[i], y[i], EPS, size=11).rise for i in range(30)]
-        ).median()
+        name: torch.tensor([around(network, x, y, i, size=11).rise for i in range(30)]).median()
         for name, network in networks.items()
     }
     assert rises["pgd"] < rises["standard"] / 2
@@ -86,13 +89,13 @@ def test_robust_losses_are_flat(networks, test_set):
 
 def test_the_surface_has_the_example_in_its_middle(networks, test_set):
     x, y = test_set
-    found = surface(networks["standard"], x[0], y[0], EPS, size=5)
+    found = around(networks["standard"], x, y, 0, size=5)
     loss = nn.functional.cross_entropy(networks["standard"](x[:1]), y[:1])
-    assert found.values[2, 2].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert found.values[4, 2] >= found.values[2, 2]  # along the gradient
+    assert found.loss[2, 2].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert found.loss[4, 2] >= found.loss[2, 2]  # along the gradient
     assert found.steps.tolist() == pytest.approx([-EPS, -EPS / 2, 0.0, EPS / 2, EPS])
     with pytest.raises(ValueError, match="size: 4 is even"):
-        surface(networks["standard"], x[0], y[0], EPS, size=4)
+        around(networks["standard"], x, y, 0, size=4)
 
 
 def test_interval_bounds_of_an_attack_trained_network_are_vacuous(networks, test_set):

@@ -30,7 +30,7 @@ def test_every_recipe_builds_and_is_described(name):
 HEAD = """# Recipes
 
 `calipers train NAME`, or `calipers.train(calipers.recipes.NAME())`. Times and accuracies were measured with seed 0,
-unless a source is named; `calipers train --list` prints the same table.
+unless a source is named; `calipers train --list` prints the same.
 
 """
 LARGE = "cifar10_linf_2_255_mtl_ibp"  # one of the four on this network: a step takes seconds

@@ -557,6 +557,8 @@ def test_foreign_assignments_are_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     read = read_assignment(tmp_path / "a.txt")
     assert {k: v.tolist() for k, v in read.items()} == {"X": [0.025, -0.001], "Y": [3.0]}
+    (tmp_path / "a.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_assignment(tmp_path / "a.gz").keys() == read.keys()
 
 
 @pytest.mark.parametrize(

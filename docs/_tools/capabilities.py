@@ -60,6 +60,6 @@ def _item(item: dict[str, Any]) -> str:
         head += f" *{item['status'].capitalize()}.*"
     if item["note"]:
         head += f" {item['note']}"
-    code = " ".join(f"`{name}`" for name in item["functions"])
+    code = " ".join(f"{{py:obj}}`{name}`" for name in item["functions"])
     tests = " ".join(f"`{test.removeprefix('tests/')}`" for test in item["tests"])
     return f"{head}\n: {code}\n: {tests}"

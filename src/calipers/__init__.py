@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from calipers.bracket import Verdict as Verdict
     from calipers.bracket import witness as witness
     from calipers.evaluate.audit import audit as audit
+    from calipers.evaluate.curve import curve as curve
     from calipers.evaluate.explain import explain as explain
     from calipers.evaluate.verify import decide as decide
     from calipers.exact import certify as certify
@@ -101,6 +102,7 @@ _WHERE = {
     "Verdict": "calipers.bracket",
     "witness": "calipers.bracket",
     "audit": "calipers.evaluate",
+    "curve": "calipers.evaluate",
     "decide": "calipers.evaluate",
     "explain": "calipers.evaluate",
     "certify": "calipers.exact",

@@ -10,12 +10,15 @@ from torch import Tensor
 from calipers.attacks import search
 from calipers.attacks.inputs import called
 from calipers.bounds import crown
+from calipers.bounds.planner import out_of_memory
 from calipers.bracket import Bracket, require_eval
-from calipers.errors import DataError, ModelError
+from calipers.errors import CalipersError, DataError, ModelError
 from calipers.graph.graph import Network
 from calipers.seeds import seeds as seeds_of
-from calipers.sets import ThreatModel
+from calipers.sets import ThreatModel, require_tensor
 from calipers.spec import Spec
+
+BATCH = 250
 
 
 def attack(
@@ -26,6 +29,7 @@ def attack(
     *,
     method: Callable[..., Tensor] | None = None,
     seed: int = 0,
+    allow_softmax: bool = False,
 ) -> Tensor:
     """For every example the point of lowest margin that ``method`` found: (B, *x), in the dtype of ``x``.
 
@@ -34,26 +38,69 @@ def attack(
     Args:
         method: a fixed-budget attack; None is the cascade at its standard level, which Ctrl-C ends early with the
             points found so far.
+        allow_softmax: attack a model that returns probabilities all the same. Gradients vanish there, so attacks other
+            than on the margin find too little.
 
     Raises:
         DataError: inputs outside the domain, not finite, or not floating point.
         ValueError: labels that the model's outputs do not have.
-        ModelError: normalisation or dropout is in training mode; it takes another dtype than that of ``x``.
+        ModelError: normalisation or dropout is in training mode; the model does not take inputs of this shape or dtype;
+            its outputs are NaN, infinite, probabilities, or no row of logits for each example.
     """
+    from calipers.evaluate.checks import check_outputs
+
     require_eval(model)
+    _require_examples(x, y)
     region = threat.around(x)
-    if len(y) != len(x):
-        raise ValueError(f"y: {len(y)} labels for {len(x)} examples")
     with torch.no_grad():
-        logits = called(model, x[:1])
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        shape = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else "no tensor"
-        raise ModelError(f"model: outputs have {shape}; a classifier returns (batch, K) logits")
+        logits = _outputs(model, x)
+    check_outputs(logits, len(x), allow_softmax=allow_softmax)
     spec = Spec.label(y, logits.shape[1])
     seeds = seeds_of(x, seed, "attack")
     if method is None:
         return search(model, region, spec, seeds=seeds, dtype=x.dtype).points
     return method(model, region, spec, seeds=seeds, dtype=x.dtype)
+
+
+def _require_examples(x: Tensor, y: Tensor) -> None:
+    """Raises:
+    DataError: ``x`` is no floating-point tensor.
+    ValueError: ``y`` is no label for each example.
+    """
+    require_tensor(x)
+    if not x.is_floating_point():
+        raise DataError(
+            f"x: dtype {x.dtype} is not floating point; convert and scale the inputs first"
+        )
+    if isinstance(y, Tensor) and y.ndim == 1 and len(y) != len(x):
+        raise ValueError(f"y: {len(y)} labels for {len(x)} examples")
+
+
+def _outputs(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The model's outputs on all examples.
+
+    Raises:
+        ModelError: it fails there, or returns something other than a tensor.
+    """
+    parts = []
+    for part in torch.split(x, BATCH):
+        try:
+            parts.append(called(model, part))
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, CalipersError) or out_of_memory(error):
+                raise
+            raise ModelError(
+                f"model: fails on examples of shape {tuple(x.shape[1:])}, {x.dtype} ({error}); give it (batch, "
+                "*features) as it was trained on"
+            ) from error
+    odd = [part for part in parts if not (isinstance(part, Tensor) and part.ndim == 2)]
+    if not odd:
+        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+    if isinstance(odd[0], Tensor):
+        return odd[0]
+    raise ModelError(
+        f"model: returns {type(odd[0]).__name__}, not a tensor; wrap it so that it returns its logits alone"
+    )
 
 
 def bound(
@@ -79,6 +126,7 @@ def bound(
             f"network: bounds need a captured network, not {type(network).__name__}; "
             "call calipers.capture(model, example) first"
         )
+    _require_examples(x, y)
     spec = Spec.label(y, network.num_classes)
     with torch.no_grad():
         return method(
@@ -118,8 +166,8 @@ def verify(
             f"network: a captured network is needed, not {type(network).__name__}; "
             "call calipers.capture(model, example) first"
         )
-    if len(y) != len(x):
-        raise ValueError(f"y: {len(y)} labels for {len(x)} examples")
+    _require_examples(x, y)
+    Spec.label(y, network.num_classes)  # checks the labels
     if not seconds > 0:
         raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
     return brackets(network, x, y, threat, seconds=seconds, seed=seed, memory=memory)

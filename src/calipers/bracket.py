@@ -270,10 +270,15 @@ def witness(
 
     Raises:
         ModelError: normalisation or dropout is in training mode.
+        ValueError: not one point and one specification for each region.
 
     Cost: two batched passes, and two single ones for each row that looks broken.
     """
     require_eval(model)
+    if not len(x) == len(spec) == len(region):
+        raise ValueError(
+            f"x: {len(x)} points and {len(spec)} specifications for {len(region)} regions; one each is needed"
+        )
     label = evidence or Evidence("witness")
     x = x.detach()
     own = _margins(model, spec, x)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 
 import numpy as np
+
+SLACK = 1e-9  # of a probability: more than the rounding of its logarithms
 
 
 def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -26,6 +29,54 @@ def clopper_pearson(successes: int, trials: int, confidence: float = 0.95) -> tu
     low = 0.0 if k == 0 else _crossing(lambda p: _probability(n, k, n, p) - tail)
     high = 1.0 if k == n else _crossing(lambda p: tail - _probability(n, 0, k, p))
     return low, high
+
+
+def hypergeometric(
+    successes: int, trials: int, population: int, confidence: float = 0.95
+) -> tuple[float, float]:
+    """An interval that holds the share of a finite population with at least the given confidence, whatever it is, when
+    ``trials`` of its members were drawn without replacement.
+
+    The shares K/population that an exact test at level α/2 on either side does not reject:
+    P(X >= k | K) > α/2 and P(X <= k | K) > α/2 for X hypergeometric. Never wider than what is possible at all, and a
+    point where everybody was drawn.
+
+    Raises:
+        ValueError: as `clopper_pearson`, or fewer members than trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(f"successes: {successes} of {trials} trials is not a share")
+    if population < trials:
+        raise ValueError(f"population: {population} has no sample of {trials}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: {confidence} is not between 0 and 1")
+    tail = (1 - confidence) / 2
+    N, n, k = population, trials, successes
+    logs = _log_factorials(N)
+
+    def rejected(K: int, first: int, last: int) -> bool:
+        return _drawn(logs, N, n, K, first, last) <= tail * (1 - SLACK)
+
+    low, high = k, N - (n - k)  # so many there are at least, and at most
+    least = bisect.bisect_left(range(low, high), True, key=lambda K: not rejected(K, k, n))
+    most = bisect.bisect_left(range(low + 1, high + 1), True, key=lambda K: rejected(K, 0, k))
+    return (low + least) / N, (low + most) / N
+
+
+def _drawn(
+    logs: np.ndarray[tuple[int], np.dtype[np.float64]],
+    N: int,
+    n: int,
+    K: int,
+    first: int,
+    last: int,
+) -> float:
+    """P(first <= X <= last) for X hypergeometric: n drawn of N, of which K count."""
+    k = np.arange(max(first, n - (N - K), 0), min(last, n, K) + 1)
+    if not len(k):
+        return 0.0
+    ways = logs[K] - logs[k] - logs[K - k] + logs[N - K] - logs[n - k] - logs[N - K - n + k]
+    return float(np.exp(ways - (logs[N] - logs[n] - logs[N - n])).sum())
 
 
 def _probability(n: int, first: int, last: int, p: float) -> float:

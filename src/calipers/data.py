@@ -25,6 +25,7 @@ from torch import Tensor
 from calipers import images
 from calipers.downloads import cache
 from calipers.errors import DataError, unknown_name
+from calipers.files import bomb
 
 DIGITS_TRAIN = 1297  # of the 1,797 digits, in the order of the packaged file
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -231,6 +232,8 @@ def read_arrays(
     """
     file = Path(path)
     _present(file, expected)
+    if size := bomb(file):
+        raise DataError(f"{file}: {size:,} bytes once unpacked, far more than arrays compress to")
     try:
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             missing = sorted(set(required) - set(archive.files))

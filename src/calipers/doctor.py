@@ -33,6 +33,7 @@ OPTIONAL = {
     "pillow": "folders of images as data, pictures of witnesses: pip install 'calipers[images]'",
     "pyarrow": "calipers runs export FILE.parquet: pip install 'calipers[parquet]'",
     "scikit-learn": "the linear models in its pipelines",
+    "ray": "audits on several machines: pip install 'calipers[ray]'",
     "tensorboard": "calipers train --tensorboard: pip install 'calipers[tensorboard]'",
     "pyscipopt": "SCIP for calipers.milp: pip install 'calipers[scip]'",
     "gurobipy": "Gurobi for calipers.milp, with a licence: pip install 'calipers[gurobi]'",

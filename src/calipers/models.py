@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from calipers.errors import CalipersError, ModelError, unknown_name
-from calipers.files import write_atomically
+from calipers.files import bomb, write_atomically
 from calipers.graph.graph import Network
 from calipers.zoo import ZOO
 
@@ -166,6 +166,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     _refuse_web_page(file)
     if file.suffix == ".safetensors":
         return _safetensors(file)
+    if size := bomb(file):
+        raise ModelError(f"{file}: {size:,} bytes once unpacked, far more than weights compress to")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol

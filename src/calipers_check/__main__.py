@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    sys.stdout.write(line + "\n")
+    plain = " ".join(line.split()).encode("ascii", "backslashreplace").decode()
+    sys.stdout.write(plain + "\n")
     return code
 
 

@@ -339,16 +339,21 @@ class Engine:
         lines = Lines(*(_own(v, owner) for v in self.lines(k, view)))
         if choices is not None and k in choices.numbers and isinstance(step, Kink):
             lines = self._chosen(step, lines, choices.elements[k], choices.numbers[k])
-        above, below = np.minimum(A, 0), np.maximum(A, 0)  # which line each coefficient takes
         total = size = self.array(np.zeros(len(A)))
-        for part, offset in ((below, lines.below_offset), (above, lines.above_offset)):
-            if offset is not None:
-                total = total + _dot(part, offset)
-                size = size + _dot(np.abs(part), np.abs(offset))
-        below *= lines.below
-        above *= lines.above
-        below += above
-        return below, total, self.gamma(A.shape[1] + 2) * size
+        for part, offset in ((np.maximum, lines.below_offset), (np.minimum, lines.above_offset)):
+            if offset is not None:  # one line serves positive coefficients, the other negative ones
+                own = part(A, 0)
+                more = _dot(own, offset)
+                total = total + more
+                # a kink's terms have one sign
+                size = size + (
+                    np.abs(more) if isinstance(step, Kink) else _dot(np.abs(own), np.abs(offset))
+                )
+        return (
+            A * np.where(A > 0, lines.below, lines.above),
+            total,
+            self.gamma(A.shape[1] + 4) * size,
+        )
 
     def _chosen(self, step: Kink, lines: Lines, elements: Array, numbers: Array) -> Lines:
         """With the slopes that ``numbers`` choose, for elements whose two slopes differ."""
@@ -456,6 +461,10 @@ class Engine:
         value = self.steps[k].sources[0]
         start, rows = self.units(value, element, sign, owner)
         found = self.least(view, self.pull(view, start, rows, choices), owner)
+        if not self.exact:
+            found = np.where(
+                np.isfinite(found), found, math.nan
+            )  # a sum that overflows says nothing
         low, high = (np.array(v) for v in view.known[k])
         below = sign > 0
         np.fmax.at(low, (owner[below], element[below]), found[below])

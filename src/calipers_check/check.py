@@ -13,7 +13,7 @@ import numpy as np
 
 from calipers_check import container, onnx_file, vnnlib
 from calipers_check.errors import Refused, Unusable
-from calipers_check.layers import Array, Network
+from calipers_check.layers import Array, Network, without_maxima
 from calipers_check.prove import Budget, Goal, Proof, Root, bare_root
 from calipers_check.tree import NAMES, Tree
 from calipers_check.vnnlib import Ball, Clause
@@ -53,7 +53,17 @@ def check(
         Refused: for the reason that it names.
         Unusable: a file is missing, or the network or property cannot be read.
     """
-    deadline = time.monotonic() + seconds
+    try:
+        return _check(certificate, network, prop, time.monotonic() + seconds, max_bytes)
+    except (Refused, Unusable, MemoryError):
+        raise
+    except Exception as error:
+        raise Refused(f"not understood: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _check(
+    certificate: Path, network: Path, prop: Path | None, deadline: float, max_bytes: int
+) -> Accepted:
     document, arrays = container.parse(container.read_bytes(certificate, max_bytes))
     _expect(document, {"format", "version", "semantics", "network", "property", "trees"}, {"notes"})
     for key, value in (("format", "calipers-certificate"), ("version", 1), ("semantics", "real")):
@@ -62,16 +72,18 @@ def check(
     model = _readable(network, max_bytes)
     _compare("network", document["network"], model)
     net = onnx_file.network(model)
-    own = {k: v for k, v in arrays.items() if k.startswith("property/")}
     trees = document["trees"]
-    _names(arrays.keys() - own.keys(), trees)
+    if not isinstance(trees, list):
+        raise Refused("trees: not a list")
+    parts = _parts(arrays, len(trees))
+    own = parts.pop("property", {})
     clauses, digest = _property(document["property"], own, prop, max_bytes)
     if any(len(c.lower) != net.inputs for c in clauses):
         raise Unusable(f"property: not about the network's {net.inputs} inputs")
     if any(c.C.shape[1] != net.sizes[-1] for c in clauses):
         raise Unusable(f"property: not about the network's {net.sizes[-1]} outputs")
     with np.errstate(all="ignore"):
-        nodes = _prove(net, clauses, trees, arrays, deadline)
+        nodes = _prove(net, clauses, trees, parts, deadline)
     return Accepted(len(clauses), len(trees), nodes, digest)
 
 
@@ -96,13 +108,18 @@ def _compare(what: str, entry: Any, data: bytes) -> None:
         raise Refused(f"{what}: the certificate is for another one; their digests differ")
 
 
-def _names(names: Any, trees: Any) -> None:
-    """Every array must be one that a tree knows."""
-    if not isinstance(trees, list):
-        raise Refused("trees: not a list")
-    known = {f"{t}/{name}" for t in range(len(trees)) for name in NAMES}
-    if odd := sorted(set(names) - known):
-        raise Refused(f"array {odd[0][:60]!r}: not part of any tree")
+def _parts(arrays: Mapping[str, Array], trees: int) -> dict[str, dict[str, Array]]:
+    """The arrays of each tree, and of the property, by what stands before their names' slash."""
+    parts: dict[str, dict[str, Array]] = {str(t): {} for t in range(trees)}
+    for whole, array in arrays.items():
+        place, _, name = whole.partition("/")
+        if place == "property":
+            parts.setdefault(place, {})[name] = array
+        elif place in parts and name in NAMES:
+            parts[place][name] = array
+        else:
+            raise Refused(f"array {whole[:60]!r}: not part of any tree")
+    return parts
 
 
 def _property(
@@ -127,9 +144,9 @@ def _inline(entry: Any, arrays: Mapping[str, Array]) -> tuple[list[Clause], str]
         raise Refused("property: p must be 1, 2 or inf, as a text")
     round_ = entry["p"] != "inf"
     names = [n for n in INLINE if round_ or n not in ("center", "eps")]
-    if set(arrays) != {f"property/{name}" for name in names}:
+    if set(arrays) != set(names):
         raise Refused(f"property: expected the arrays {', '.join(names)}")
-    own = {name: arrays[f"property/{name}"] for name in names}
+    own = {name: arrays[name] for name in names}
     numbers = [v for name, v in own.items() if name != "clause"]
     if any(v.dtype != np.float64 or not np.isfinite(v).all() for v in numbers):
         raise Refused("property: expected finite float64 numbers")
@@ -140,12 +157,15 @@ def _inline(entry: Any, arrays: Mapping[str, Array]) -> tuple[list[Clause], str]
     if not fits or not len(C) == len(d) == len(clause) > 0 or (round_ and len(own["eps"]) != 1):
         raise Refused("property: arrays of shapes that do not fit")
     steps = np.diff(clause.astype(np.int64), prepend=0)
-    if clause.dtype.kind not in "iu" or clause[0] or not np.isin(steps, [0, 1]).all():
-        raise Refused("property: clauses are not numbered in order")
+    if clause.dtype != np.int32 or clause[0] or not np.isin(steps, [0, 1]).all():
+        raise Refused("property: clauses are not numbered in order, in I32")
+    if (lower > own["upper"]).any():
+        raise Refused("property: a box without any point")
     ball = Ball(own["center"], float(own["eps"][0]), int(entry["p"])) if round_ else None
     if ball is not None and ball.eps < 0:
         raise Refused("property: a negative radius")
-    digest = hashlib.sha256(b"".join(v.tobytes() for v in own.values())).hexdigest()
+    bytes_ = b"".join([entry["p"].encode(), *(v.tobytes() for v in own.values())])
+    digest = hashlib.sha256(bytes_).hexdigest()
     of = [clause == c for c in range(int(clause[-1]) + 1)]
     return [Clause(lower, own["upper"], C[c], d[c], False, ball) for c in of], digest
 
@@ -157,22 +177,28 @@ def _prove(
     network: Network,
     clauses: Sequence[Clause],
     trees: Sequence[Any],
-    arrays: Mapping[str, Array],
+    arrays: Mapping[str, Mapping[str, Array]],
     deadline: float,
 ) -> int:
-    """Prove every clause; returns how many nodes the trees have."""
+    """Prove every clause; returns how many nodes the trees have.
+
+    Args:
+        arrays: of each tree, by its number as a text.
+    """
     shared = _documents(trees, len(clauses))
     counts = [len(c.d) for c in clauses]
+    split = any("maxima" in document for document in trees)
+    networks = {None: network, "relu": without_maxima(network) if split else network}
     roots: dict[int, tuple[Root, Tree]] = {}
     budget, nodes, missing = Budget(), 0, {i for i, c in enumerate(clauses) if not c.void}
     for t, document in enumerate(trees):
         numbers, base = document["clauses"], document.get("root")
-        own = {k.removeprefix(f"{t}/"): v for k, v in arrays.items() if k.startswith(f"{t}/")}
+        net = networks[document.get("maxima")]
         try:
             if base is not None and base not in roots:
                 raise Refused("its root is that of a tree with nothing to prove")
             columns = roots[base][1].columns if base is not None else None
-            tree = Tree(own, network, numbers, counts, columns)
+            tree = Tree(arrays[str(t)], net, numbers, counts, columns)
             nodes += len(tree)
             wanted = [c for c in numbers if not clauses[c].void]
             if not wanted:
@@ -182,7 +208,7 @@ def _prove(
             root = (
                 roots[base][0]
                 if base is not None
-                else bare_root(network, lower, upper, deadline, clauses[wanted[0]].ball)
+                else bare_root(net, lower, upper, deadline, clauses[wanted[0]].ball)
             )
             box = root.view
             if not (np.array_equal(box.lower[0], lower) and np.array_equal(box.upper[0], upper)):
@@ -201,9 +227,13 @@ def _prove(
 
 def _documents(trees: Sequence[Any], count: int) -> set[int]:
     """Check what the document says of the trees; returns those whose root others share."""
+    if len(trees) > count:
+        raise Refused(f"trees: {len(trees)} of them for {count} clauses")
     shared = set()
     for t, document in enumerate(trees):
-        _expect(document, {"clauses"}, {"root"})
+        _expect(document, {"clauses"}, {"root", "maxima"})
+        if "maxima" in document and document["maxima"] != "relu":
+            raise Refused(f"tree {t}: maxima: {str(document['maxima'])[:40]!r}; expected 'relu'")
         numbers, base = document["clauses"], document.get("root", 0)
         if (
             not isinstance(numbers, list)
@@ -216,5 +246,7 @@ def _documents(trees: Sequence[Any], count: int) -> set[int]:
         if "root" in document:
             if type(base) is not int or not 0 <= base < t or "root" in trees[base]:
                 raise Refused(f"tree {t}: no earlier tree {base!r} with a root of its own")
+            if trees[base].get("maxima") != document.get("maxima"):
+                raise Refused(f"tree {t}: reads maxima otherwise than tree {base}")
             shared.add(base)
     return shared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from calipers_check.errors import Refused, Unusable
 
 MAX_BYTES = 1 << 31  # of a file, decompressed
 MAX_HEADER = 1 << 26
+MAX_MEMBERS = 100  # of a gzip file
 DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -45,6 +47,8 @@ def _gunzipped(data: bytes, limit: int, name: str) -> bytes:
     parts: list[bytes] = []
     left = limit + 1
     while data:  # one round for each member
+        if len(parts) == MAX_MEMBERS:
+            raise Refused(f"{name}: more than {MAX_MEMBERS} members of gzip")
         stream = zlib.decompressobj(31)
         try:
             part = stream.decompress(data, left)
@@ -75,13 +79,13 @@ def parse(data: bytes) -> Certificate:
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("certificate"), str):
         raise Refused('the header has no text __metadata__["certificate"]')
-    document = _object(metadata["certificate"].encode(), "the document")
+    document = _object(metadata["certificate"], "the document")
     return Certificate(document, _arrays(header, memoryview(data)[8 + length :]))
 
 
-def _object(text: bytes, what: str) -> dict[str, Any]:
+def _object(text: bytes | str, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode())
+        value = json.loads(text if isinstance(text, str) else text.decode())
     except (ValueError, RecursionError) as error:
         raise Refused(f"{what} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -96,15 +100,12 @@ def _arrays(header: Mapping[str, Any], body: memoryview) -> dict[str, np.ndarray
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise Refused(f"array {name}: expected dtype, shape and data_offsets")
         shape, offsets = _naturals(name, entry["shape"]), _naturals(name, entry["data_offsets"])
-        if entry["dtype"] not in DTYPES:
-            raise Refused(f"array {name}: dtype {entry['dtype']!r} is not one of {list(DTYPES)}")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            raise Refused(f"array {name}: its dtype is not one of {list(DTYPES)}")
         dtype = np.dtype(DTYPES[entry["dtype"]])
-        count = 1
-        for n in shape:
-            count *= n
         if len(shape) > 2 or len(offsets) != 2 or offsets[0] != end:
             raise Refused(f"array {name}: its place or its number of dimensions is wrong")
-        end += count * dtype.itemsize
+        end += math.prod(shape) * dtype.itemsize
         if offsets[1] != end or end > len(body):
             raise Refused(f"array {name}: its place does not fit its shape, or the file ends early")
         arrays[name] = np.frombuffer(body[offsets[0] : end], dtype).reshape(shape)
@@ -115,5 +116,5 @@ def _arrays(header: Mapping[str, Any], body: memoryview) -> dict[str, np.ndarray
 
 def _naturals(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or any(type(v) is not int or v < 0 for v in value):
-        raise Refused(f"array {name}: {str(value)[:80]} is not a list of sizes")
+        raise Refused(f"array {name}: a shape or an offset that is no list of sizes")
     return value

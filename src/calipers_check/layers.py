@@ -139,13 +139,14 @@ class Conv(Affine):
     def terms(self) -> int:
         return int(np.prod(self.weight.shape))  # more than any sum, in either direction
 
-    def _windows(self) -> list[tuple[int, int, slice, slice]]:
+    def _windows(self) -> list[tuple[int, int, range, range]]:
+        """For each place of the kernel the rows and columns of the padded operand that it meets."""
         spans = []
         for i in range(self.weight.shape[2]):
             for k in range(self.weight.shape[3]):
                 at = (i * self.dilation[0], k * self.dilation[1])
                 rows, columns = (
-                    slice(a, a + s * (n - 1) + 1, s)
+                    range(a, a + s * (n - 1) + 1, s)
                     for a, s, n in zip(at, self.stride, self.out[1:], strict=True)
                 )
                 spans.append((i, k, rows, columns))
@@ -164,7 +165,7 @@ class Conv(Affine):
         wide = np.zeros((n, *self._padded()), dtype=x.dtype)
         wide[:, :, *self._inner()] = x.reshape(n, *self.shape)
         wide = wide.reshape(n, g, -1, *wide.shape[2:])
-        parts = [wide[..., rows, columns] for _, _, rows, columns in self._windows()]
+        parts = [wide[..., _slice(r), _slice(c)] for _, _, r, c in self._windows()]
         patches = np.stack(parts, 3).reshape(n, g, -1, self.out[1] * self.out[2])
         return (weight.reshape(g, len(weight) // g, -1) @ patches).reshape(n, -1)
 
@@ -177,12 +178,27 @@ class Conv(Affine):
     def back(self, j: int, A: Array) -> Array:
         n, g = len(A), self.groups
         matrix = self.weight.reshape(g, len(self.weight) // g, -1)
+        A = A.reshape(n, *self.out)
+        used = (A != 0).any((0, 1))  # rows of few neurons see a part of the image alone
+        (top, bottom), (left, right) = (_span(used.any(1 - axis)) for axis in (0, 1))
+        A = A[:, :, top:bottom, left:right]
         patches = matrix.swapaxes(1, 2) @ A.reshape(n, g, matrix.shape[1], -1)
-        patches = patches.reshape(n, self.shape[0], -1, *self.out[1:])
+        patches = patches.reshape(n, self.shape[0], -1, *A.shape[2:])
         wide = np.zeros((n, *self._padded()), dtype=A.dtype)
         for p, (_, _, rows, columns) in enumerate(self._windows()):
-            wide[:, :, rows, columns] += patches[:, :, p]
+            part = _slice(rows[top:bottom]), _slice(columns[left:right])
+            wide[:, :, *part] += patches[:, :, p]
         return wide[:, :, *self._inner()].reshape(n, -1)
+
+
+def _slice(places: range) -> slice:
+    return slice(places.start, places.stop, places.step)
+
+
+def _span(used: Array) -> tuple[int, int]:
+    """From the first that is used to behind the last; one place where there is none."""
+    places = np.flatnonzero(used)
+    return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 1)
 
 
 @dataclass
@@ -318,6 +334,48 @@ class Network:
     def products(self) -> int:
         """About how many multiplications one evaluation takes."""
         return sum(_products(step) for step in self.steps)
+
+
+def without_maxima(network: Network) -> Network:
+    """The same function, each maximum as ReLUs of a tournament.
+
+    With k elements in each window and h = k // 2, for i < h: v_i <- v_i + ReLU(v_(i+h) - v_i); v_2h, if there is one,
+    goes on beside them. Where a window has no element, its first one stands again.
+    """
+    steps: list[Step] = []
+    number = [0]  # of each value, in the new network
+
+    def add(step: Step) -> int:
+        steps.append(step)
+        return len(steps)
+
+    for step in network.steps:
+        sources = tuple(number[v] for v in step.sources)
+        if not isinstance(step, Maximum):
+            other = copy.copy(step)
+            other.sources = sources
+            number.append(add(other))
+            continue
+        first = step.index[np.arange(step.size), (step.index >= 0).argmax(1)]
+        index = np.where(step.index >= 0, step.index, first[:, None])
+        (count, k), width = index.shape, network.sizes[step.sources[0]]
+        value = add(Pick(sources, k * count, index.T.reshape(-1, 1), width))
+        while k > 1:
+            h, place = k // 2, np.arange(k * count)[:, None]
+            play, wait = (
+                h * count,
+                (k % 2) * count,
+            )  # how many numbers play, and how many go on beside them
+            first = add(Pick((value,), play, place[:play], k * count))
+            second = add(Pick((value,), play, place[play : 2 * play], k * count))
+            more = add(Kink((add(Sum((second, first), play, (1, -1))),), play, 0.0, 1.0))
+            rest = np.concatenate([place[:play], place[2 * play :]])
+            before = add(Pick((value,), play + wait, rest, k * count))
+            beside = np.where(place[: play + wait] < play, place[: play + wait], -1)
+            more = add(Pick((more,), play + wait, beside, play))
+            value, k = add(Sum((before, more), play + wait, (1, 1))), k - h
+        number.append(value)
+    return Network(network.inputs, steps, network.notes)
 
 
 def _products(step: Step) -> int:

@@ -62,7 +62,7 @@ def network(data: bytes) -> Network:
         return _Reader(model).network()
     except Unusable:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise Unusable(f"network: inconsistent: {str(error)[:200]}") from None
 
 
@@ -70,18 +70,28 @@ class _Reader:
     """One pass over the nodes, which ONNX keeps in order of dependence."""
 
     def __init__(self, model: Any) -> None:
-        from onnx import numpy_helper
+        from onnx import defs, numpy_helper
 
         graph = model.graph
-        if model.functions or any(not o.domain and o.version < 7 for o in model.opset_import):
-            raise Unusable("network: functions, and versions before 7, are not supported")
+        own, last = (
+            {o.version for o in model.opset_import if o.domain in DOMAINS},
+            defs.onnx_opset_version(),
+        )
+        version = max(own, default=0)
+        if len(own) != 1 or not 7 <= version <= last:
+            raise Unusable(
+                f"network: operators of versions {sorted(own)}; expected one, 7 to {last}"
+            )
+        if model.functions or graph.sparse_initializer:
+            raise Unusable("network: functions and sparse parameters are not supported")
         if any(tensor.data_location for tensor in graph.initializer):
             raise Unusable("network: parameters in other files are not read")
         self.graph, self.to_array = graph, numpy_helper.to_array
+        self.schema: Any = lambda name: defs.get_schema(name, version, "")
         self.steps: list[Step] = []
         self.known: dict[str, Any] = {"": None}  # names to variables and constants
         for tensor in graph.initializer:
-            self.known[tensor.name] = self.to_array(tensor)
+            self.define(tensor.name, self.to_array(tensor))
         inputs = [i for i in graph.input if i.name not in self.known]
         if len(inputs) != 1 or len(graph.output) != 1:
             raise Unusable(
@@ -91,15 +101,19 @@ class _Reader:
         shape = [d or (1 if i == 0 else 0) for i, d in enumerate(dims)]  # no number: the batch
         if not 0 < math.prod(shape) <= MAX_NUMBERS:
             raise Unusable(f"network: the input's shape {dims} is not fixed")
-        self.known[inputs[0].name] = Variable(0, shape)
+        self.define(inputs[0].name, Variable(0, shape))
         self.inputs = math.prod(shape)
+
+    def define(self, name: str, value: Any) -> None:
+        if name in self.known:
+            raise Unusable(f"network: two values have the name {name[:40]!r}")
+        self.known[name] = value
 
     def network(self) -> Network:
         for node in self.graph.node:
-            found = self.node(node)
-            if len(node.output) > len(found):
-                found += [None] * (len(node.output) - len(found))
-            self.known.update(zip(node.output, found, strict=False))
+            for name, value in zip(node.output, self.node(node), strict=True):
+                if name:
+                    self.define(name, value)
         out = self.known[self.graph.output[0].name]
         if not isinstance(out, Variable):
             raise Unusable("network: the output does not depend on the input")
@@ -109,24 +123,37 @@ class _Reader:
         return Network(self.inputs, _merged(self.steps))
 
     def node(self, node: Any) -> list[Any]:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+        """The values of the node's outputs; None for those that are not computed, and so must not be read."""
+        if node.domain not in DOMAINS or node.op_type not in OPERATORS:
             raise Unusable(f"network: operator {node.op_type} is not supported")
-        attributes = {a.name: _attribute(a, self.to_array) for a in node.attribute}
+        rule, understood = OPERATORS[node.op_type]
+        attributes = self.attributes(node, set(understood.split()))
         args = [self.known[name] for name in node.input]
         if not any(isinstance(a, Variable) for a in args) and node.op_type not in CONSTANT:
             raise Unusable(f"network: {node.op_type} of constants; fold them before")
-        for a in args:
-            if isinstance(a, np.ndarray) and a.dtype.kind == "f" and not np.isfinite(a).all():
-                raise Unusable(f"network: {node.op_type} has a parameter that is not finite")
-        rule, understood = OPERATORS[node.op_type]
-        if odd := set(attributes) - set(understood.split()):
-            raise Unusable(
-                f"network: {node.op_type} with {', '.join(sorted(odd))} is not supported"
-            )
         found = rule(self, args, attributes)
         found = found if isinstance(found, list) else [found]
         if any(isinstance(f, Variable) and f.size > MAX_NUMBERS for f in found):
             raise Unusable(f"network: {node.op_type} makes too large a value")
+        if node.op_type in SECOND:
+            found += [None] * (len(node.output) - 1)
+        if len(node.output) != len(found):
+            raise Unusable(f"network: {node.op_type} with {len(node.output)} outputs")
+        return found
+
+    def attributes(self, node: Any, understood: set[str]) -> dict[str, Any]:
+        """The node's attributes, after a look at the operator's definition in this version of the operators."""
+        schema = self.schema(node.op_type)
+        if schema.deprecated or not schema.min_input <= len(node.input) <= schema.max_input:
+            raise Unusable(f"network: {node.op_type} of {len(node.input)} values")
+        found = {}
+        for a in node.attribute:
+            known = schema.attributes.get(a.name)
+            if a.name not in understood or known is None or a.name in found:
+                raise Unusable(f"network: {node.op_type} with {a.name[:40]} is not supported")
+            if int(known.type.value) != a.type or a.ref_attr_name:
+                raise Unusable(f"network: attribute {a.name} is not of its type")
+            found[a.name] = _attribute(a, self.to_array)
         return found
 
     # -- steps ------------------------------------------------------------------------------------------------------
@@ -187,11 +214,13 @@ class _Reader:
 
 def _real(constant: Array) -> Array:
     """In float64, exactly."""
-    found = constant.astype(np.float64)
-    if constant.dtype.kind not in "fiuV" or (
-        constant.dtype.kind in "iu" and (np.abs(found) >= 2.0**53).any()
-    ):
+    if constant.dtype.kind not in "fiuV":
         raise Unusable(f"network: parameters of type {constant.dtype} are not supported")
+    found = constant.astype(np.float64)
+    if not np.isfinite(found).all():
+        raise Unusable("network: a parameter is not finite")
+    if constant.dtype.kind in "iu" and (np.abs(found) >= 2.0**53).any():
+        raise Unusable("network: a whole number too large for float64")
     return found
 
 
@@ -338,10 +367,9 @@ def _slice(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     steps = [1] * len(starts) if steps is None else [int(v) for v in np.atleast_1d(steps)]
     cut = [slice(None)] * len(args[0].shape)
     for axis, start, end, step in zip(axes, starts, np.atleast_1d(ends), steps, strict=True):
-        last: int | None = int(end)
-        if step < 0 and int(end) < -args[0].shape[axis]:
-            last = None
-        cut[axis] = slice(start, last, step)
+        if step < 1 or cut[axis] != slice(None):
+            raise Unusable("network: a slice backwards, or twice along one axis")
+        cut[axis] = slice(start, int(end), step)
     return r.moved(args[0], lambda v: v[tuple(cut)])
 
 
@@ -356,6 +384,8 @@ def _split(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     sizes = attributes.get("split", args[1] if len(args) > 1 else None)
     if sizes is None:
         raise Unusable("network: Split without sizes")
+    if min(sizes) < 0 or sum(sizes) != args[0].shape[axis]:
+        raise Unusable("network: Split into other sizes than the operand's")
     ends = np.cumsum([int(v) for v in sizes])[:-1]
     count = len(sizes)
     return [r.moved(args[0], lambda v, i=i: np.split(v, ends, axis)[i]) for i in range(count)]  # type: ignore[misc]
@@ -404,7 +434,7 @@ def _sub(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     if isinstance(a, Variable) and isinstance(b, Variable):
         return r.summed([a, b], [1, -1])
     if isinstance(a, Variable):
-        return r.shifted(a, -b)
+        return r.shifted(a, -_real(b))
     return r.shifted(r.summed([b], [-1]), a)
 
 
@@ -442,6 +472,8 @@ def _gemm(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
         raise Unusable(
             "network: Gemm with anything but a constant matrix and bias is not supported"
         )
+    if len(x.shape) != 2:
+        raise Unusable("network: Gemm of other than two dimensions")
     if attributes.get("transA"):
         x = r.moved(x, np.transpose)
     if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0:
@@ -457,6 +489,10 @@ def _window(x: Variable, attributes: dict[str, Any], kernel: Sequence[int]) -> t
     stride = attributes.get("strides") or [1] * n
     pads = attributes.get("pads") or [0] * (2 * n)
     dilation = attributes.get("dilations") or [1] * n
+    if any(pads) and "auto_pad" in attributes and attributes["auto_pad"] != "NOTSET":
+        raise Unusable("network: padding that is automatic and given")
+    if (len(stride), len(pads), len(dilation)) != (n, 2 * n, n) or min(*dilation, *kernel) < 1:
+        raise Unusable("network: a window's attributes do not fit")
     if attributes.get("ceil_mode") or len(x.shape) != n + 2 or x.shape[0] != 1:
         raise Unusable("network: a window over this shape, or rounded up, is not supported")
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
@@ -474,6 +510,9 @@ def _conv(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     bias = args[2] if len(args) > 2 else None
     if not isinstance(x, Variable) or isinstance(weight, Variable) or isinstance(bias, Variable):
         raise Unusable("network: Conv with variable parameters is not supported")
+    kernel = attributes.get("kernel_shape", weight.shape[2:])
+    if tuple(kernel) != weight.shape[2:] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise Unusable("network: Conv whose parameters' shapes do not fit")
     stride, pads, dilation, out = _window(x, attributes, weight.shape[2:])
     flat = weight.ndim == 3  # one dimension: a row
     if weight.ndim not in (3, 4):
@@ -542,11 +581,14 @@ def _global_average(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
 
 def _batch_normalization(r: _Reader, args: Any, attributes: dict[str, Any]) -> Any:
     x, *parameters = args
-    if any(isinstance(p, Variable) for p in parameters):
-        raise Unusable("network: BatchNormalization with variable parameters")
+    if any(isinstance(p, Variable) or p.shape != x.shape[1:2] for p in parameters):
+        raise Unusable("network: BatchNormalization with parameters that do not fit")
     around = [1, -1] + [1] * (len(x.shape) - 2)
     scale, shift, mean, variance = (_real(p).reshape(around) for p in parameters)
-    root = np.sqrt(variance + float(np.float32(attributes.get("epsilon", 1e-5))))
+    variance = variance + float(np.float32(attributes.get("epsilon", 1e-5)))
+    if not (variance > 0).all():
+        raise Unusable("network: a variance that is negative")
+    root = np.sqrt(variance)
     x = r.scaled(r.shifted(x, -mean), scale)
     return r.shifted(r.scaled(x, root, divide=True, rounded=True), shift)
 
@@ -572,6 +614,8 @@ CONSTANT = {
     "Constant", "Identity", "Cast", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather",
     "Expand", "Dropout",
 }  # fmt: skip
+DOMAINS = ("", "ai.onnx")
+SECOND = ("Dropout", "MaxPool")  # which may have a second output, if nothing reads it
 _POOL = "kernel_shape strides pads dilations auto_pad ceil_mode"
 # the rule of each operator, and the attributes that it understands
 OPERATORS: dict[str, tuple[Callable[..., Any], str]] = {

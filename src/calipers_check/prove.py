@@ -17,6 +17,7 @@ from calipers_check.vnnlib import Ball, Clause
 BATCH = 256  # nodes at once, at most
 EXACT = 1 << 19  # multiplications of rationals that all of a certificate's nodes may take
 SMALL = 1 << 11  # networks of so few products are always worth them
+WAITING = 1 << 28  # numbers of all nodes that wait, at most
 
 
 class Goal:
@@ -113,6 +114,9 @@ class Proof:
             children = self._children(self._visited(_taken(stack, self.batch)))
             if len(children.node):
                 stack.append(children)
+            each = 2 * (self.network.inputs + children.low.shape[1])
+            if each * sum(len(some.node) for some in stack) > WAITING:
+                raise Refused("too many nodes wait to be proved")
 
     # -- one batch --------------------------------------------------------------------------------------------------
 
@@ -133,8 +137,9 @@ class Proof:
         nodes = nodes._replace(open=still)
         nodes = self._trimmed(nodes, found)
         leaf = self.tree.child[nodes.node] == 0
-        for i in np.flatnonzero(leaf & nodes.open.any(1)):
-            self._last_resort(nodes.at(slice(i, i + 1)), found, int(i))
+        left = np.flatnonzero(leaf & nodes.open.any(1))
+        if len(left):
+            self._leaves(nodes, found, left)
         return nodes.at(nodes.open.any(1) & ~leaf)
 
     def _empty(self, nodes: Open) -> Array:
@@ -166,6 +171,11 @@ class Proof:
             good &= ~every
             proved[some.owner[good], some.clause[good]] = True
         return proved
+
+    def _leaves(self, nodes: Open, found: Sequence[Found], left: Array) -> None:
+        """Leaves of the batch that are not proved yet, by their places."""
+        for i in left:
+            self._last_resort(nodes.at(slice(i, i + 1)), found, int(i))
 
     def _last_resort(self, node: Open, found: Sequence[Found], place: int) -> None:
         """The proofs of one node in rational arithmetic; or refuse.
@@ -319,7 +329,7 @@ class Proof:
         self, engine: Engine, view: View, owner: Array, row: Array, still: Array
     ) -> list[Found]:
         clause = self.tree.line_clause[row]
-        inside = np.full(max(self.goal.numbers) + 2, -1)
+        inside = np.full(max(self.tree.clauses) + 1, -1)  # those of empty boxes stay so
         inside[self.goal.numbers] = np.arange(self.goal.count)
         clause = np.where(clause < 0, -1, inside[clause])
         wanted = np.where(clause < 0, np.any(still, 1)[owner], still[owner, clause])

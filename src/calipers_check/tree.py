@@ -11,6 +11,7 @@ from calipers_check.errors import Refused
 from calipers_check.layers import Array, Network
 
 MAX_NODES = 20_000_000
+ROWS_EACH = 10  # for each clause of a tree, and ten times more, at one node
 INTEGERS, NUMBERS, SHARES = "iu", "f", "fu"
 NODES = {"layer": 0, "element": 0, "point": 0, "bounds": 3, "proof": 2, "trim": 1}
 ROWS = (
@@ -169,6 +170,8 @@ class Tree:
         clause = self.array("line.clause", INTEGERS, size)
         if (np.diff(node) < 0).any():
             raise Refused("array line.node: out of order")
+        if np.bincount(node, minlength=1).max() > ROWS_EACH * (10 + len(self.clauses)):
+            raise Refused("array line.node: too many rows of one node")
         if not np.isin(clause, [-1, *self.clauses]).all():
             raise Refused("array line.clause: a clause that is not the tree's")
         self.choice = self._shares("choice", dimensions=2)

@@ -26,7 +26,8 @@ _FLAT = re.compile(r"([XY])_(0|[1-9]\d{0,7})", re.ASCII)
 _ENTRY = re.compile(r"(\w+)\s*\[([\s\d,]*)\]", re.ASCII)
 _RELATIONS = {"<=": (1,), "<": (1,), ">=": (-1,), ">": (-1,), "=": (1, -1), "==": (1, -1)}
 
-Form = dict[int, Fraction]  # coefficients of variables: inputs i, outputs ~j
+Number = Fraction | int  # exact; most coefficients are 1
+Form = dict[int, Number]  # coefficients of variables: inputs i, outputs ~j
 
 
 class Ball(NamedTuple):
@@ -53,7 +54,7 @@ class Linear(NamedTuple):
     """Σ coefficient·variable + constant."""
 
     terms: Form
-    constant: Fraction
+    constant: Number
 
 
 class _Tensor(NamedTuple):
@@ -78,10 +79,10 @@ def _forms(text: str) -> Iterable[list[Any]]:
     stack: list[list[Any]] = []
     at = 0
     for match in _TOKEN.finditer(text):
-        if text[at : match.start()].strip():
-            raise Unusable(f"property: cannot read {text[at : match.start()].strip()[:40]!r}")
-        at = match.end()
-        word = match.group().strip()
+        start, end = match.span()
+        if start > at and not text[at:start].isspace():
+            raise Unusable(f"property: cannot read {text[at:start].strip()[:40]!r}")
+        at, word = end, match.group()
         if word == "(":
             stack.append([])
             if len(stack) > MAX_DEPTH:
@@ -117,11 +118,11 @@ class _Query:
                 pass
             case ["declare-const" | "declare-fun", str(name), *_]:
                 match = _FLAT.fullmatch(name)
-                if match is None:
+                if match is None or self.tensors:
                     raise Unusable(f"property: variable {name[:40]!r} is neither X_i nor Y_j")
                 self.flat[match[1]] = max(self.flat[match[1]], int(match[2]) + 1)
             case ["declare-network", str(), *declarations]:
-                if self.tensors:
+                if self.tensors or any(self.flat.values()):
                     raise Unusable("property: more than one network")
                 for declaration in declarations:
                     self.declare(declaration)
@@ -158,18 +159,18 @@ class _Query:
             case str():
                 if _NUMBER.fullmatch(term):
                     return Linear({}, Fraction(term))
-                return Linear({self.variable(term): Fraction(1)}, Fraction(0))
+                return Linear({self.variable(term): 1}, 0)
             case ["+", first, *rest]:
                 total = self.linear(first)
                 for other in rest:
                     total = _plus(total, self.linear(other))
                 return total
             case ["-", only]:
-                return _times(self.linear(only), Fraction(-1))
+                return _times(self.linear(only), -1)
             case ["-", first, *rest]:
                 total = self.linear(first)
                 for other in rest:
-                    total = _plus(total, _times(self.linear(other), Fraction(-1)))
+                    total = _minus(total, self.linear(other))
                 return total
             case ["*", first, *rest]:
                 total = self.linear(first)
@@ -245,9 +246,9 @@ class _Query:
         for relation in relations:
             match relation:
                 case [str(op), left, right] if op in _RELATIONS:
-                    form = _plus(self.linear(left), _times(self.linear(right), Fraction(-1)))
+                    form = _minus(self.linear(left), self.linear(right))
                     for sign in _RELATIONS[op]:
-                        part.add(_times(form, Fraction(sign)), op in ("<", ">"), base)
+                        part.add(_times(form, sign), op in ("<", ">"), base)
                 case _:
                     raise Unusable(f"property: cannot read the relation {str(relation)[:60]}")
         return part
@@ -257,8 +258,8 @@ class _Query:
 class _Part:
     """A conjunction: exact bounds of single inputs, functionals that are <= 0, and whether it is plainly false."""
 
-    low: dict[int, Fraction] = field(default_factory=dict)
-    high: dict[int, Fraction] = field(default_factory=dict)
+    low: dict[int, Number] = field(default_factory=dict)
+    high: dict[int, Number] = field(default_factory=dict)
     rows: list[Linear] = field(default_factory=list)
     false: bool = False
 
@@ -267,15 +268,17 @@ class _Part:
         terms = {v: c for v, c in form.terms.items() if c}
         if not terms:
             self.false |= form.constant > 0 or (strict and form.constant == 0)
-        elif all(v < 0 for v in terms):
+        elif max(terms) < 0:
             self.rows.append(_representable(Linear(terms, form.constant)))
         elif len(terms) == 1:
             ((i, c),) = terms.items()
-            end = -form.constant / c
-            if c > 0:
-                self.high[i] = min(self.high.get(i, base.high.get(i, end)), end)
-            else:
-                self.low[i] = max(self.low.get(i, base.low.get(i, end)), end)
+            end = -form.constant * c if c in (1, -1) else Fraction(-form.constant) / c
+            ends, others = (self.high, base.high) if c > 0 else (self.low, base.low)
+            old = ends.get(i, others.get(i))
+            if old is None or (end < old) == (c > 0):
+                ends[i] = end
+            elif i not in ends:
+                ends[i] = old
         # what relates several inputs, or inputs and outputs, is left out: that makes more points unsafe
 
     def contradicts(self, base: _Part) -> bool:
@@ -302,7 +305,7 @@ def _fill(lower: np.ndarray, upper: np.ndarray, part: _Part) -> None:
         upper[i] = -_below(-value)
 
 
-def _below(value: Fraction) -> float:
+def _below(value: Number) -> float:
     """The largest float64 that is not above."""
     try:
         nearest = float(value)
@@ -323,11 +326,20 @@ def _representable(form: Linear) -> Linear:
 def _plus(a: Linear, b: Linear) -> Linear:
     terms = dict(a.terms)
     for variable, coefficient in b.terms.items():
-        terms[variable] = terms.get(variable, Fraction(0)) + coefficient
+        terms[variable] = terms.get(variable, 0) + coefficient
     return Linear(terms, a.constant + b.constant)
 
 
-def _times(a: Linear, factor: Fraction) -> Linear:
+def _minus(a: Linear, b: Linear) -> Linear:
+    terms = dict(a.terms)
+    for variable, coefficient in b.terms.items():
+        terms[variable] = terms.get(variable, 0) - coefficient
+    return Linear(terms, a.constant - b.constant)
+
+
+def _times(a: Linear, factor: Number) -> Linear:
+    if factor == 1:
+        return a
     return Linear({v: c * factor for v, c in a.terms.items()}, a.constant * factor)
 
 

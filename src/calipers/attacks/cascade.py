@@ -20,7 +20,7 @@ from torch import Tensor
 
 from calipers.attacks.apgd import ascend, start
 from calipers.attacks.crossing import cross
-from calipers.attacks.inputs import outputs_of
+from calipers.attacks.inputs import outputs_of, require_pairs
 from calipers.attacks.losses import suited
 from calipers.attacks.search import Model, Record, required
 from calipers.attacks.square import square
@@ -182,6 +182,7 @@ def search(
         )
     if rows < 1:
         raise ValueError(f"rows: {rows} must be at least 1")
+    require_pairs(spec, count)
     seeds = required(seeds, count, random=False)
     fast = model if precision is None else _lowered(model, precision, region.center.device.type)
     if found is None:
@@ -271,7 +272,7 @@ def _clean(model: Model, region: Region, spec: Spec, rows: int, dtype: torch.dty
     count = len(points)
     margin = points.new_full((count,), math.inf)
     for part in _parts(torch.arange(count, device=points.device), rows):
-        y = outputs_of(model(points[part]), spec, len(part))
+        y = outputs_of(model(points[part]), spec[part], len(part))
         margin[part] = spec[part].margin_at(y).to(margin)
     nothing = torch.zeros(count, dtype=torch.int64, device=points.device)
     return Found(points, margin, margin.clone(), nothing + 1, nothing)

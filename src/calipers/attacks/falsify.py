@@ -78,7 +78,7 @@ def falsify(
         begin = time.perf_counter()
         with torch.no_grad():
             model(points)
-        pace = given or (time.perf_counter() - begin) / count
+        pace = given or max((time.perf_counter() - begin) / count, 1e-9)
         yield points, rows
         if pace * count > 0.02:
             break

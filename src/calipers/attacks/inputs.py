@@ -12,12 +12,24 @@ from calipers.errors import ModelError
 from calipers.spec import Spec
 
 
+def require_pairs(spec: Spec, count: int) -> None:
+    """Raises:
+    ValueError: the specification is one of another number of examples than ``count``.
+    """
+    if len(spec) != count:
+        raise ValueError(
+            f"spec: {len(spec)} specifications for {count} examples; one for each is needed"
+        )
+
+
 def outputs_of(y: object, spec: Spec, count: int) -> Tensor:
     """``y`` itself, if it is a row of floating-point outputs for each of ``count`` examples.
 
     Raises:
         ModelError: it is no tensor, or has another shape or type than the specification needs.
+        ValueError: as `require_pairs`.
     """
+    require_pairs(spec, count)
     if not isinstance(y, Tensor):
         raise ModelError(
             f"model: returns {type(y).__name__}, not a tensor; wrap it so that it returns its logits alone"
@@ -63,12 +75,9 @@ def traced(model: Callable[[Tensor], object], point: Tensor, spec: Spec) -> Tens
     Raises:
         ModelError: they are not what `outputs_of` asks for, or torch cannot differentiate them; the message names
             attacks that need no gradient.
-        ValueError: the specification is one of another number of examples.
+        ValueError: as `require_pairs`.
     """
-    if len(spec) != len(point):
-        raise ValueError(
-            f"spec: {len(spec)} specifications for {len(point)} examples; one for each is needed"
-        )
+    require_pairs(spec, len(point))
     y = outputs_of(called(model, point), spec, len(point))
     if not y.requires_grad:
         raise ModelError(NO_GRADIENT)
@@ -84,7 +93,8 @@ def input_gradient(y: Tensor, point: Tensor, toward: Tensor) -> Tensor:
     # torch imports sympy (0.4 s) to compare two shapes; a single number has none, but takes two operations more
     seed: tuple[Tensor, Tensor | None] = (y, toward)
     if "torch.fx.experimental.symbolic_shapes" not in sys.modules:
-        seed = (torch.dot(y.reshape(-1), toward.reshape(-1)), None)
+        with torch.enable_grad():
+            seed = (torch.dot(y.reshape(-1), toward.reshape(-1)), None)
     try:
         (gradient,) = torch.autograd.grad(seed[0], point, seed[1], allow_unused=True)
     except RuntimeError as error:

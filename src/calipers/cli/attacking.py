@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from calipers.attacks import ATTACKS
-from calipers.attacks.diagnostics import diagnose as find
 from calipers.attacks.diagnostics import lines
 from calipers.cli.commands import Subject, console, progress_bar
 from calipers.cli.options import seconds_of, shape_of, writable
-from calipers.data import Data, load
+from calipers.data import load
 from calipers.errors import SpecError, StoreMismatch, unknown_name
 from calipers.evaluate.attack_tables import replay_table, transfer_table
 from calipers.evaluate.audit import sample
+from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
 from calipers.evaluate.empirical import empirical
 from calipers.evaluate.replay import replay as run_replay
 from calipers.evaluate.replay import replay_assignment
@@ -37,9 +37,6 @@ from calipers.evaluate.witnesses import (
 from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.models import load_model
-from calipers.seeds import seeds as seeds_of
-from calipers.sets import ThreatModel
-from calipers.spec import Spec
 from calipers.vnnlib import load as load_query
 
 
@@ -85,33 +82,14 @@ def attack(
         )
     console().print(result.table())
     if diagnose:
-        for line in _diagnosis(network, data, threat, seed):
+        few, _ = sample(data, min(DIAGNOSED, len(data)), seed)
+        for line in lines(diagnosis(network, few, threat, seed)):
             console().print(line, markup=False, highlight=False, soft_wrap=True)
     if save is not None:
         save_witnesses(save, result.witnesses)
         sys.stderr.write(f"witnesses: {save}\n")
     _write(json_file, result.json())
     return result.stopped == "interrupted"
-
-
-DIAGNOSED = 60  # examples: what is wrong with a model shows on few
-
-
-def _diagnosis(network: Network, data: Data, threat: ThreatModel, seed: int) -> list[str]:
-    """What `diagnose` finds on a random few of the examples, as lines."""
-    few, _ = sample(data, min(DIAGNOSED, len(data)), seed)
-    x = few.x.to(network.device, network.dtype)
-    y = few.y.to(network.device)
-    with evaluating(network.module):
-        findings = find(
-            network,
-            threat.around(x),
-            Spec.label(y, network.num_classes),
-            domain=(threat.lower, threat.upper),
-            dtype=x.dtype,
-            seeds=seeds_of(x, seed, "diagnose"),
-        )
-    return lines(findings)
 
 
 def _configured(method: str, options: Mapping[str, int | None]) -> str | Callable[..., Tensor]:

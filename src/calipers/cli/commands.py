@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,14 @@ from calipers.attacks import LEVELS
 from calipers.cli.options import seconds_of, shape_of, share_of, writable
 from calipers.data import Data, load, load_mask
 from calipers.errors import unknown_name
+from calipers.evaluate import Audit, Curve
 from calipers.evaluate import audit as run_audit
+from calipers.evaluate import curve as run_curve
 from calipers.evaluate import explain as run_explain
 from calipers.evaluate.cascade import default_cascade, select
+from calipers.evaluate.curve import folder as run_folder
 from calipers.evaluate.fold import Progress
 from calipers.evaluate.limits import bytes_of
-from calipers.evaluate.result import Audit
 from calipers.files import write_atomically
 from calipers.graph.graph import Network, evaluating
 from calipers.methods import SIDES, find, statement
@@ -84,6 +86,7 @@ def audit(
     run: Path | None,
     json_file: Path | None,
     report: Path | None,
+    figures: Path | None,
     seed: int,
     allow_softmax: bool,
     deployed: bool,
@@ -93,20 +96,34 @@ def audit(
     threads: int,
     worker_memory: str | None,
     precision: str | None,
+    diagnose: bool,
+    ray: str | None,
+    comparisons: int,
 ) -> bool:
     """Run, print, write; returns whether Ctrl-C ended it early."""
     for option, file in (("--json", json_file), ("--report", report)):
         if file is not None:
             writable(option, file.absolute())
+    if figures is not None:
+        writable(
+            "--figures",
+            figures.absolute() / "curve.svg" if figures.is_dir() else figures.absolute(),
+        )
     limit = None if memory is None else bytes_of(memory)
     seconds = None if budget is None else seconds_of(budget)
     narrow = 0.0 if precision is None else share_of(precision, "--precision")
     names = None if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if names is not None:
         select(names)  # a typing error shows before anything is loaded
+    radii = [e.strip() for e in subject.eps.split(",")]
+    for eps in radii:
+        ThreatModel(math.inf, eps)
+    subject = replace(subject, eps=radii[0])
     network, data, threat = subject.load()
+    result: Audit | Curve
+    measure = run_audit if len(radii) == 1 else partial(run_curve, eps=radii)
     with progress_bar() as show:
-        result = run_audit(
+        result = measure(
             network,
             data,
             threat,
@@ -125,26 +142,40 @@ def audit(
             worker_memory=worker_memory,
             loader=subject.loader(data),
             precision=narrow,
+            diagnose=diagnose,
+            ray=ray,
+            comparisons=max(comparisons, len(radii)),
         )
     console().print(result.table())
     if json_file is not None:
         write_atomically(json_file, json.dumps(result.json(), indent=2, allow_nan=False) + "\n")
+    if certificates is not None:
+        result = _certified(result, network, certificates)
     if report is not None:
         result.report(report)
         sys.stderr.write(f"report: {report}\n")
-    if certificates is not None:
-        _certificates(result, network, certificates)
+    if figures is not None:
+        missing = result.figures(figures)
+        sys.stderr.write(f"figures: {figures}{missing and f' ({missing})'}\n")
     return result.stopped == "interrupted"
 
 
-def _certificates(result: Audit, network: Network, folder: Path) -> None:
-    from calipers.evaluate.certificates import certificates
+def _certified(result: Audit | Curve, network: Network, folder: Path) -> Audit | Curve:
+    """The result with certificates; those of a curve in a folder for each radius."""
+    if isinstance(result, Audit):
+        return _certificates(result, network, folder)
+    return result.each(lambda one: _certificates(one, network, run_folder(folder, one.threat)))
+
+
+def _certificates(result: Audit, network: Network, folder: Path) -> Audit:
+    from calipers.evaluate.certificates import certificates, linked
 
     found = certificates(result, network, folder)
     accepted = sum(not reason for reason in found.values())
     sys.stderr.write(f"certificates: {accepted} of {len(found)} certified examples, in {folder}\n")
     for reason in sorted({r for r in found.values() if r})[:3]:
         sys.stderr.write(f"calipers: {reason}\n")
+    return linked(result, folder, found)
 
 
 def explain(subject: Subject, *, index: int, seed: int) -> None:

@@ -122,6 +122,22 @@ def compared(first: Path, second: Path) -> bool:
     return bool(found.identity) or not found.contradictions
 
 
+def side_by_side(directories: list[Path], report: Path) -> bool:
+    """Write the page; whether no two runs contradict each other."""
+    from calipers.evaluate.comparison import compare
+
+    writable("--report", report.absolute())
+    found = compare(directories, report)
+    for pair in found:
+        changed = sum(n for (a, b), n in pair.counts.items() if a != b)
+        both = sum(pair.counts.values())
+        same = (
+            f"{changed} of {both} examples have another verdict" if both else "different examples"
+        )
+        console().print(Text(f"{pair.first} against {pair.other}, eps {pair.eps}: {same}"))
+    return not any(pair.contradictions for pair in found)
+
+
 def _said(record: Record) -> str:
     return f"{record.verdict} ({record.lower:.4g} .. {record.upper:.4g})"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -38,15 +39,13 @@ SHOWN = ("clean", "attacked", "certified")
 
 
 def listing() -> None:
-    """The catalogue of recipes."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("recipe", "data", "threat", "network", "epochs", "needs"):
-        table.add_column(column, no_wrap=column == "recipe")
-    table.add_column("what; expected")
+    """The catalogue: a recipe, then what it is about, what it needs and what it gives."""
+    out = console()
     for row in catalogue():
-        said = f"{row.about} {row.expected}".strip()
-        table.add_row(row.name, row.data, row.threat, row.network, row.epochs, row.needs, said)
-    console().print(table)
+        out.print(Text(f"{row.name}: {row.data}, {row.threat}, {row.network}, {row.epochs} epochs"))
+        for said in (row.about, f"needs {row.needs}", row.expected and f"gives {row.expected}"):
+            if said:
+                out.print(Padding(Text(said), (0, 0, 0, 4)))
 
 
 def train(

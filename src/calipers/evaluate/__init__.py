@@ -1,6 +1,8 @@
 """Measuring a network: audits and their reports; queries decided; attacks alone, with witnesses, replay, transfer."""
 
 from calipers.evaluate.audit import audit as audit
+from calipers.evaluate.curve import Curve as Curve
+from calipers.evaluate.curve import curve as curve
 from calipers.evaluate.empirical import Empirical as Empirical
 from calipers.evaluate.empirical import empirical as empirical
 from calipers.evaluate.explain import explain as explain

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from calipers import __version__
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
+from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.limits import bytes_of
-from calipers.evaluate.result import Audit
+from calipers.evaluate.nested import carried, keep, require_related, row
+from calipers.evaluate.result import Audit, threat_identity
+from calipers.evaluate.sampling import history
 from calipers.evaluate.spread import Spread, team
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
@@ -28,6 +32,10 @@ from calipers.sets import ThreatModel, require_tensor
 
 DEPLOYED = (
     "certified (deployed): also of the network as it runs in {}, whatever the order of its sums"
+)
+SEEN = (
+    "the same examples were measured otherwise in {} runs before ({}): confidence is for what was chosen before the "
+    "examples were seen"
 )
 
 
@@ -53,6 +61,10 @@ def audit(
     worker_memory: int | str | None = None,
     loader: Callable[[], Network] | None = None,
     precision: float = 0.0,
+    diagnose: bool = False,
+    ray: str | None = None,
+    comparisons: int = 1,
+    known: Sequence[Audit] = (),
 ) -> Audit:
     """certified accuracy <= robust accuracy <= empirical accuracy, with a bracket per example.
 
@@ -63,7 +75,8 @@ def audit(
     Args:
         data: examples in the threat's domain and their labels; a pair is converted to float32.
         seconds: time limit; rows that it leaves undecided are marked in `Audit.cut`. Ctrl-C does the same.
-        samples: audit this many examples, drawn at random by ``seed``; the result then has confidence intervals.
+        samples: audit this many examples, drawn at random by ``seed``; `Audit.sampling` then says what follows for all.
+        comparisons: audits of this sample (several eps, recipes) for which its confidence is to hold together.
         run: a directory that keeps finished work; a second call with the same arguments goes on there.
         cascade: the stages, in this order; `default_cascade(network)` if None.
         progress: called after each batch.
@@ -82,6 +95,13 @@ def audit(
             an equal share of the machine's memory if None.
         loader: makes the same network again, for workers to which ``model`` cannot be sent.
         precision: stop when certified and empirical accuracy are no further apart than this share.
+        diagnose: also check, on at most 60 of the examples, whether the attacks' failures should be believed
+            (`calipers.diagnose`); after the time limit, which does not count it.
+        ray: measure on a Ray cluster: "auto" for the one that RAY_ADDRESS names or, without it, a new one on this
+            machine; or "HOST:PORT" of the head of one that this machine belongs to. ``workers`` is then by default as
+            many as it has processors for. Its machines need the same version of Calipers, and files at the same place.
+        known: audits of the same model and data at other radii of the same threat model, which `calipers.curve` makes:
+            certificates of larger sets and witnesses from smaller ones hold here, too, and cost nothing.
 
     Raises:
         ModelError, DataError: a check before measuring failed.
@@ -90,7 +110,7 @@ def audit(
         StoreError: ``run`` cannot be written, or another process writes there.
         SoundnessError: two methods contradict each other.
         WorkerError: workers do not start, or what is measured cannot be sent to them.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or an audit in ``known`` is of something else.
     """
     begin = time.perf_counter()
     limit = None if memory is None else bytes_of(memory)
@@ -98,6 +118,8 @@ def audit(
         raise ValueError(f"seconds: {seconds!r} is no time limit; give a positive number")
     if chunk < 1:
         raise ValueError(f"chunk: {chunk} is not at least 1")
+    if comparisons < 1:
+        raise ValueError(f"comparisons: {comparisons} is not at least 1")
     if not 0 <= precision <= 1:
         raise ValueError(f"precision: {precision} is no share between 0 and 1")
     cap = None if worker_memory is None else bytes_of(worker_memory, "worker_memory")
@@ -106,10 +128,7 @@ def audit(
     network = model if isinstance(model, Network) else capture(model, part.x[:1])
     stages = tuple(default_cascade(network) if cascade is None else cascade)
     with evaluating(network.module):
-        runtime = onnxruntime_replica(network)
-        agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
-        if not isinstance(runtime, str):
-            agreeing["onnxruntime"] = runtime
+        agreeing, alone = evaluations(network, replicas)
         x, y = inputs(part.x, network, threat), part.y.to(network.device)
         checks = check(network, x, y, threat, replicas=agreeing, allow_softmax=allow_softmax)
         overlap = overlaps(x, y, threat, memory=min(limit or OVERLAP_MEMORY, OVERLAP_MEMORY))
@@ -124,33 +143,53 @@ def audit(
             "deployed": deployed,
             "cascade": [stage.describe() for stage in stages],
         }
+        require_related(known, identity, positions, threat)
         deadline = math.inf if seconds is None else begin + seconds
-        keep = nullcontext() if run is None else Store(run, identity)
-        others = nullcontext() if workers is None else team(
+        before = history(run, identity)
+        budget = {
+            "seconds": seconds, "precision": precision, "samples": samples, "comparisons": comparisons,
+            "earlier": before,
+        }  # fmt: skip
+        directory = nullcontext() if run is None else Store(run, identity, budget)
+        others = nullcontext() if workers is None and ray is None else team(
             workers, network, stages, threat, seed=seed, replicas=replicas, deployed=deployed, memory=limit,
-            threads=threads, cap=cap, loader=loader,
+            threads=threads, cap=cap, loader=loader, ray=ray,
         )  # fmt: skip
-        with keep as store, interruptible() as pressed, others as staff:
+        with directory as store, interruptible() as pressed, others as staff:
             job = Job(
                 network, x, y, threat, seed, tuple(agreeing.values()), chunk, deadline, progress, pressed,
-                deployed, limit, None if staff is None else Spread(staff, stages), workers or 1, precision,
+                deployed, limit, None if staff is None else Spread(staff, stages),
+                1 if staff is None else staff.count, precision,
             )  # fmt: skip
-            bracket, rows, stopped, cut = fold(job, stages, store)
+            given = carried(known, threat, network, x, y, job.replicas) if known else None
+            bracket, rows, stopped, cut = fold(job, stages, store, given)
+            if given is not None:
+                rows = [row(given), *rows]
+                if store is not None:
+                    keep(store, given)
             mended = () if store is None else tuple(store.notes)
-        adversarial = _predictions(network, bracket, checks.logits)
+            shared = () if staff is None else staff.notes
+        adversarial = predictions(network, bracket, checks.logits)
+        findings: tuple[Finding, ...] = ()
+        if diagnose and stopped != "interrupted":
+            few, _ = sample(part, min(DIAGNOSED, len(part)), seed)
+            findings = diagnosis(network, few, threat, seed)
     earlier = sum(r.stored for r in rows)
+    seen = len(before) >= comparisons and len(part) < len(whole)  # more than the confidence is for
     notes = (
         *checks.notes,
-        *((runtime,) if isinstance(runtime, str) else ()),
+        *alone,
         *((overlap.note(part.y, threat, positions),) if overlap else ()),
         *mended,
+        *shared,
+        *((SEEN.format(len(before), ", ".join(b["run"] for b in before[:5])),) if seen else ()),
         *((DEPLOYED.format(str(x.dtype).removeprefix("torch.")),) if deployed else ()),
     )
     return Audit(
         threat=threat,
         data=part,
         positions=positions,
-        name=name or network.source or type(network.module).__name__,
+        name=name or Path(network.source or type(network.module).__name__).name,
         logits=checks.logits,
         bracket=bracket,
         adversarial=adversarial,
@@ -164,6 +203,9 @@ def audit(
         differences=dict(checks.differences),
         identity=identity,
         deployed=deployed,
+        findings=findings,
+        comparisons=comparisons,
+        earlier=tuple(before),
     )
 
 
@@ -189,16 +231,6 @@ def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
     return to_grid(moved, threat.grid)
 
 
-def threat_identity(threat: ThreatModel) -> str:
-    """The threat model as a string that tells any two apart."""
-    parts = (
-        f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
-        for name, v in vars(threat).items()
-        if name != "p" and v is not None
-    )
-    return f"p={float(threat.p):g} {' '.join(parts)}"
-
-
 def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
     """``samples`` examples drawn without replacement, in the data's order, and their positions in it."""
     if samples is None or samples == len(data):
@@ -213,8 +245,19 @@ def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
     return part, rows
 
 
+def evaluations(
+    network: Network, replicas: Sequence[Model]
+) -> tuple[dict[str, Model], tuple[str, ...]]:
+    """What must agree before an example counts as broken, by name; and a note if onnxruntime is not among them."""
+    agreeing = {f"replica {i + 1}": replica for i, replica in enumerate(replicas)}
+    runtime = onnxruntime_replica(network)
+    if isinstance(runtime, str):
+        return agreeing, (runtime,)
+    return {**agreeing, "onnxruntime": runtime}, ()
+
+
 @torch.no_grad()
-def _predictions(network: Network, bracket: Bracket, logits: Tensor) -> Tensor:
+def predictions(network: Network, bracket: Bracket, logits: Tensor) -> Tensor:
     """The class that the network predicts at each example's worst point, (N,); the clean class where there is none."""
     classes = logits.argmax(1)
     if bracket.witness is not None:

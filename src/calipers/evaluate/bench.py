@@ -30,7 +30,7 @@ from calipers.evaluate.store import code_digest
 from calipers.evaluate.strict import decide_strictly
 from calipers.evaluate.verify import Decision, decide
 from calipers.evaluate.workers import Lost, Raised, Team
-from calipers.files import write_atomically
+from calipers.files import cell, text_of, write_atomically
 from calipers.graph.graph import Network
 from calipers.graph.onnx import load_onnx
 from calipers.vnnlib import Query, format_assignment, instances
@@ -187,7 +187,7 @@ def read_results(file: Path) -> list[Result]:
     found = []
     for row in rows:
         try:
-            values = {k: _TYPES[k](v) for k, v in zip(HEADER, row, strict=True)}
+            values = {k: _TYPES[k](text_of(v)) for k, v in zip(HEADER, row, strict=True)}
         except ValueError:
             raise SpecError(
                 f"{file}, line {rows.line_num}: cannot be read; delete the line"
@@ -196,9 +196,13 @@ def read_results(file: Path) -> list[Result]:
     return found
 
 
+def _cell(value: object) -> object:
+    return cell(" ".join(value.split())) if isinstance(value, str) else value
+
+
 def _line(values: Sequence[object]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerow([" ".join(str(v).split()) for v in values])
+    csv.writer(out, lineterminator="\n").writerow(map(_cell, values))
     return out.getvalue()
 
 
@@ -294,7 +298,7 @@ def _decided(left: Sequence[Task], count: int, settings: Settings) -> Iterator[R
     def take() -> tuple[Task, float] | None:
         return next(((t, t.limit + GRACE) for t in queue), None)
 
-    with Team(count, prepare, (settings,)) as team:
+    with Team(count, prepare, settings) as team:
         for task, found in team.answers(take):
             yield found if isinstance(found, Result) else _lost(task, found)
 

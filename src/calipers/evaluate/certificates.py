@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def certificates(
             position = int(audit.positions[row])
             evidence = audit.bracket.lower_evidence[row]
             name, spent = (evidence.method, evidence.seconds) if evidence else ("", 0.0)
+            name = name.partition(" at eps ")[0]  # what proved a larger set may prove this one
             region = audit.threat.around(x[row : row + 1])
             spec = Spec.label(audit.data.y[row : row + 1].to(network.device), network.num_classes)
             path = folder / f"{position}.cert"
@@ -54,6 +56,16 @@ def certificates(
             )
             progress(f"example {position}: {found[position] or 'accepted'}")
     return found
+
+
+def linked(audit: Audit, folder: Path, found: Mapping[int, str]) -> Audit:
+    """The audit with the path of each accepted certificate in its evidence."""
+    evidence = list(audit.bracket.lower_evidence)
+    for row, position in enumerate(audit.positions.tolist()):
+        here = evidence[row]
+        if here is not None and found.get(position) == "":
+            evidence[row] = replace(here, path=str(folder / f"{position}.cert"))
+    return replace(audit, bracket=replace(audit.bracket, lower_evidence=tuple(evidence)))
 
 
 def _example(

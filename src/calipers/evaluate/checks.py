@@ -69,21 +69,12 @@ def check(
     check_parameters(network)
     check_data(network, x, y, threat)
     logits = torch.cat([network(part).cpu() for part in batches(x)])
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ModelError(
-            f"outputs: shape {tuple(logits.shape)}; a classifier returns (batch, K) with K >= 2"
-        )
-    if not torch.isfinite(logits).all():
-        rows = int((~torch.isfinite(logits).all(1)).sum())
-        raise ModelError(
-            f"outputs: NaN or infinite on {rows} of {len(x)} examples; check weights and scaling"
-        )
+    notes = check_outputs(logits, len(x), allow_softmax=allow_softmax)
     if len(y) and int(y.max()) >= logits.shape[1]:
         raise DataError(
             f"labels: {int(y.min())}..{int(y.max())} are outside 0..{logits.shape[1] - 1}, the classes of the model's "
             f"{logits.shape[1]} outputs"
         )
-    notes = check_softmax(logits, allow_softmax)
     check_determinism(network, x, logits)
     forwards: dict[str, Callable[[Tensor], Tensor]] = {
         "captured graph": _graph_forward(network),
@@ -120,6 +111,28 @@ def check_data(network: Network, x: Tensor, y: Tensor, threat: ThreatModel) -> N
         raise DataError(f"labels: {int(y.min())} is negative; number the classes from 0")
     for part in batches(x):
         threat.around(part)
+
+
+def check_outputs(logits: Tensor, count: int, *, allow_softmax: bool) -> tuple[str, ...]:
+    """The outputs on ``count`` examples are finite logits of two classes or more, or a `ModelError` says what they are.
+    Returns notes."""
+    shape = tuple(logits.shape)
+    if logits.ndim == 2 and shape[1] == 1:
+        raise ModelError(
+            f"model: outputs have shape {shape}, one logit z for two classes; return one for each, as in "
+            "torch.cat([-z, z], 1) / 2"
+        )
+    if logits.ndim != 2 or shape[0] != count or shape[1] < 2 or not logits.is_floating_point():
+        raise ModelError(
+            f"model: outputs have shape {shape} and type {logits.dtype} for {count} examples; a classifier returns "
+            "(batch, K) floating-point logits, K >= 2"
+        )
+    if not torch.isfinite(logits).all():
+        rows = int((~torch.isfinite(logits).all(1)).sum())
+        raise ModelError(
+            f"outputs: NaN or infinite on {rows} of {count} examples; check weights and scaling"
+        )
+    return check_softmax(logits, allow_softmax) if count else ()
 
 
 def check_softmax(logits: Tensor, allowed: bool) -> tuple[str, ...]:

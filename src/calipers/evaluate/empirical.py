@@ -26,11 +26,11 @@ from calipers.confidence import clopper_pearson
 from calipers.data import Data
 from calipers.describe import describe
 from calipers.errors import DataError, unknown_name
-from calipers.evaluate.audit import as_data, inputs, sample, threat_identity
+from calipers.evaluate.audit import as_data, inputs, sample
 from calipers.evaluate.certified import read_certified
 from calipers.evaluate.checks import batches, check, onnxruntime_replica
 from calipers.evaluate.fold import Progress, interruptible
-from calipers.evaluate.result import environment, threat_json
+from calipers.evaluate.result import environment, threat_identity, threat_json
 from calipers.evaluate.store import code_digest, model_digest
 from calipers.evaluate.witnesses import Witnesses
 from calipers.graph.capture import capture
@@ -242,7 +242,7 @@ def empirical(
         threat=threat,
         data=part,
         positions=positions,
-        name=name or network.source or type(network.module).__name__,
+        name=name or Path(network.source or type(network.module).__name__).name,
         bracket=bracket,
         clean=torch.cat([c.found.clean for c in chunks]).double().cpu(),
         passes=torch.cat([c.found.passes for c in chunks]).cpu(),

@@ -27,7 +27,7 @@ from calipers.bracket import Bracket, Evidence, Model, Verdict, witness
 from calipers.errors import UnsupportedOp
 from calipers.evaluate.cascade import Stage
 from calipers.evaluate.limits import TimeIsUp, alarm
-from calipers.evaluate.result import Row
+from calipers.evaluate.result import Row, Units
 from calipers.evaluate.solvers import harder
 from calipers.evaluate.store import Store
 from calipers.graph.graph import Network
@@ -138,13 +138,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def fold(
-    job: Job, stages: Sequence[Stage], store: Store | None
+    job: Job, stages: Sequence[Stage], store: Store | None, known: Bracket | None = None
 ) -> tuple[Bracket, list[Row], str | None, Tensor]:
     """The bracket, a row per stage, why it stopped early (or None), and the rows (N,) cut off by that.
 
-    A row that fails in a stage goes on to the next ones.
+    A row that fails in a stage goes on to the next ones. ``known`` is where it starts.
     """
-    bracket = Bracket.unknown(len(job.x))
+    bracket = Bracket.unknown(len(job.x)) if known is None else known
     rows: list[Row] = []
     cut = torch.zeros(len(job.x), dtype=torch.bool)
     stopped: str | None = None
@@ -202,9 +202,10 @@ class _Run:
             self._fail("stopped: out of memory")
         tried = torch.cat([r for r, _ in self.done]) if self.done else self.todo[:0]
         failed = torch.cat([self.todo[:0], *(r for r, _ in self.failed)])
-        bracket = self.before
+        bracket, units = self.before, None
         if self.done:
-            bracket = bracket.scatter(tried, _join([part for _, part in self.done]))
+            part = _join([part for _, part in self.done])
+            bracket, units = bracket.scatter(tried, part), _units(tried, part)
         decided = len(self.todo) - int(_unknown(bracket).sum())
         row = Row(
             self.stage.name,
@@ -215,6 +216,7 @@ class _Run:
             note=self.note or _said(self.stopped, self.failed),
             stored=self.stored,
             work=self.work,
+            units=units,
         )  # fmt: skip
         return (
             bracket,
@@ -453,6 +455,12 @@ def search(job: Job, stage: Stage, rows: Tensor, until: float) -> Bracket:
     )
     lower = torch.tensor([found.outcome.lower], dtype=torch.float64)
     return bracket.meet(Bracket.from_bound(lower, Evidence(found.method or stage.name)))
+
+
+def _units(rows: Tensor, part: Bracket) -> Units:
+    spent = [(e.seconds, e.work) if e else (0.0, 0.0) for e in part.upper_evidence]
+    seconds, work = torch.tensor(spent, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    return Units(rows, part.lower, part.upper, seconds, work)
 
 
 def _join(parts: Sequence[Bracket]) -> Bracket:

@@ -103,6 +103,8 @@ def read(file: str | Path) -> dict[str, Any]:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         raise DataError(f"{file}: not JSON; write it with calipers audit --json") from None
+    if isinstance(result, dict) and "curve" in result:
+        raise DataError(f"{file}: a curve over several radii; write the result of one --eps")
     if not isinstance(result, dict) or "certified_accuracy" not in result:
         raise DataError(f"{file}: not the result of an audit; write it with calipers audit --json")
     return result

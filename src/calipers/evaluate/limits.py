@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+
 AGAIN = 2.0  # seconds until the next interrupt, should one have been swallowed
 
 
@@ -24,7 +26,8 @@ def alarm(deadline: float) -> Iterator[None]:
 
     It comes between two steps of the interpreter, so a single operation is never cut short. Outside of the main
     thread, and where the system has no interval timer, nothing happens: what runs inside should look at the clock
-    itself too. A timer that was set before goes on afterwards.
+    itself too. A timer that was set before goes on afterwards, and torch's gradient mode is what it was: an interrupt
+    inside `no_grad`'s own code would leave it changed.
 
     Raises:
         TimeIsUp: also at once, if the deadline has passed already.
@@ -40,6 +43,7 @@ def alarm(deadline: float) -> Iterator[None]:
     def ring(_signal: int, _frame: FrameType | None) -> None:
         raise TimeIsUp
 
+    mode = torch.is_grad_enabled()
     usual = signal.signal(signal.SIGALRM, ring)
     left, interval = signal.setitimer(signal.ITIMER_REAL, deadline - begin, AGAIN)
     try:
@@ -47,6 +51,7 @@ def alarm(deadline: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, usual)
+        torch.set_grad_enabled(mode)
         if left:
             rest = max(left - (time.perf_counter() - begin), 1e-3)
             signal.setitimer(signal.ITIMER_REAL, rest, interval)

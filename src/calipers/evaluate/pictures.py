@@ -74,7 +74,7 @@ def stacked_bar(
         at = left + percent / 100 * width
         out.append(f'<path class="ink" d="M{at:.2f} {base}v4"/>')
         out.append(f'<text x="{at:.2f}" y="{base + 17}" text-anchor="middle">{percent}</text>')
-    return _svg(664, base + 24, out, "the bracket as a bar")
+    return as_svg(664, base + 24, out, "the bracket as a bar")
 
 
 def margin_histogram(
@@ -124,12 +124,12 @@ def _mirrored(table: Sequence[tuple[float, float, int, int]]) -> Markup:
     out.append(f'<path class="zero" d="M{at(0):.2f} 4V200"/>')
     out += [
         f'<text x="{at(value):.2f}" y="216" text-anchor="middle">{value:g}</text>'
-        for value in _ticks(start, end)
+        for value in ticks(start, end)
     ]
-    return _svg(664, 224, out, "margins: lower ends above the line, upper ends below it")
+    return as_svg(664, 224, out, "margins: lower ends above the line, upper ends below it")
 
 
-def _ticks(start: float, end: float) -> list[float]:
+def ticks(start: float, end: float) -> list[float]:
     """Round numbers from start to end, about eight of them, zero among them."""
     raw = (end - start) / 8
     power = 10.0 ** math.floor(math.log10(raw))
@@ -151,12 +151,13 @@ def vector_bars(values: Array, limit: float, signed: bool) -> Markup:
             f'<rect class="{kind if signed else "plain"}" x="{i * step:.2f}" y="{top:.2f}" '
             f'width="{max(step - 0.5, 0.3):.2f}" height="{size:.2f}"/>'
         )
-    return _svg(96, 96, out, "values of the input")
+    return as_svg(96, 96, out, "values of the input")
 
 
-def _svg(width: float, height: float, parts: Sequence[str], label: str) -> Markup:
+def as_svg(width: float, height: float, parts: Sequence[str], label: str) -> Markup:
+    """The parts as one picture; whoever builds them has escaped what came from outside."""
     body = "".join(parts)
-    return Markup(  # noqa: S704 - built from numbers and constants alone
+    return Markup(  # noqa: S704 - numbers, constants and escaped names
         f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body}</svg>'
     )
 

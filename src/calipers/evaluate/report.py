@@ -1,109 +1,129 @@
-"""The report: one HTML file without scripts or outside references, that anyone can open and keep.
+"""The report: one HTML file without outside references, that anyone can open and keep.
 
 Every string of the result (names of models, data, classes, methods, notes) reaches the page through an escaping
-template; the page's policy forbids scripts, remote content, and styles other than its own.
+template; the page's policy forbids remote content, and styles and scripts other than its own.
 """
 
 from __future__ import annotations
 
-import math
-import secrets
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
 from calipers.bracket import Verdict
-from calipers.evaluate.pictures import (
-    as_change,
-    as_image,
-    data_uri,
-    margin_histogram,
-    stacked_bar,
-    vector_bars,
-)
+from calipers.evaluate.charts import Bar, accuracy_curve, bars
+from calipers.evaluate.curve import Curve
+from calipers.evaluate.examples import KIND, Look, class_name, gallery, nearest, shown
+from calipers.evaluate.pages import page
+from calipers.evaluate.pictures import margin_histogram, stacked_bar
 from calipers.evaluate.result import Audit, environment
 from calipers.evaluate.tables import SIDES, percent
 
 GRID = 8  # broken examples shown
-SAMPLES = 200  # rows of the sample table
-KIND = {Verdict.ROBUST: "robust", Verdict.VULNERABLE: "broken", Verdict.UNKNOWN: "unknown"}
-WORD = {Verdict.ROBUST: "certified", Verdict.VULNERABLE: "broken", Verdict.UNKNOWN: "unknown"}
+EACH = 100  # rows of the example table for each verdict
+ORDER = (Verdict.ROBUST, Verdict.UNKNOWN, Verdict.VULNERABLE)
+SHADE = {"bound": "robust", "attack": "broken"}  # the others are drawn as unknown
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One input as a picture: a PNG data URI or an SVG, whichever is not None."""
+def render(audit: Audit, curve: Curve | None = None, folder: Path | None = None) -> str:
+    """The page, as text.
 
-    uri: str | None = None
-    svg: Markup | None = None
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A row of the grid: an example before, the change, and after."""
-
-    index: int
-    label: str
-    before: str
-    after: str
-    clean: Picture
-    change: Picture
-    adversarial: Picture
-    size: str
-    lower: str
-    upper: str
-
-
-def render(audit: Audit) -> str:
-    """The page, as text."""
-    environment_ = Environment(
-        loader=PackageLoader("calipers.evaluate", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment_.filters["percent"] = percent
-    shown, factor = _grid(audit)
-    bar, histogram, table = _plots(audit)
-    rows = _samples(audit)
-    return environment_.get_template("report.html").render(
-        nonce=secrets.token_urlsafe(16),
+    Args:
+        curve: of which ``audit`` is one.
+        folder: where the page will be; certificates beside or below it become links.
+    """
+    chosen = gallery(audit, GRID)
+    limit = _largest_change(audit, chosen)
+    spans = curve.spans() if curve else ()
+    rows = shown(Look(audit, None, folder, spans), nearest(audit, EACH))
+    _, table = margins(audit)
+    return page(
+        "report.html",
         audit=audit,
+        curve=curve,
+        eps=str(audit.threat.eps),
+        limits=curve.confidence if curve else None,
+        curve_plot=curve_plot(curve) if curve else "",
         threat=audit.threat.describe(),
         robust=audit.counts[Verdict.ROBUST],
         broken=audit.counts[Verdict.VULNERABLE],
-        bar=bar,
-        histogram=histogram,
+        bar=bracket_bar(audit),
+        costs=cost_bars(audit),
+        histogram=margins(audit)[0],
         bins=table,
         outside=_outside(audit),
-        classes=_classes(audit),
+        classes=classes(audit),
+        class_plot=class_bars(audit),
         sides=SIDES,
-        shown=shown,
-        factor=factor,
+        shown=shown(Look(audit, limit, folder), chosen),
+        factor=1 / limit if limit > 0 else 1.0,
         rows=rows,
         left_out=len(audit) - len(rows),
+        diagnostics=list(diagnostics(audit, curve)),
         environment=environment(),
     )
 
 
-def _plots(audit: Audit) -> tuple[Markup, Markup, list[tuple[float, float, int, int]]]:
-    n = len(audit)
-    parts = [
-        (KIND[v], audit.counts[v] / n)
-        for v in (Verdict.ROBUST, Verdict.UNKNOWN, Verdict.VULNERABLE)
-    ]
+# -- plots, which files show, too (`calipers.evaluate.figures`) ------------------------------------------------------
+
+
+def bracket_bar(audit: Audit) -> Markup:
+    """The bracket as one bar."""
     around = audit.confidence
     intervals = [around["certified"], around["empirical"]] if around else []
+    return stacked_bar([(KIND[v], audit.counts[v] / len(audit)) for v in ORDER], intervals)
+
+
+def curve_plot(curve: Curve) -> Markup:
+    """Both ends over the radius."""
+    return accuracy_curve(
+        curve.eps, curve.certified, curve.empirical, curve.main.clean_accuracy, curve.confidence
+    )
+
+
+def margins(audit: Audit) -> tuple[Markup, list[tuple[float, float, int, int]]]:
+    """Both jaws' histogram and its numbers."""
     lower, upper = _ends(audit)
-    histogram, table = margin_histogram(lower.numpy(), upper.numpy())
-    return stacked_bar(parts, intervals), histogram, table
+    return margin_histogram(lower.numpy(), upper.numpy())
+
+
+def cost_bars(audit: Audit) -> Markup:
+    """Seconds by method."""
+    total = sum(r.seconds for r in audit.methods) or 1.0
+    most = max((r.seconds for r in audit.methods), default=0.0) or 1.0
+    rows = [
+        Bar(
+            r.name,
+            [(SHADE.get(r.side, "unknown"), r.seconds / most)],
+            f"{r.seconds:.2f} s, {percent(r.seconds / total)}",
+        )
+        for r in audit.methods
+        if r.tried or r.seconds
+    ]
+    return bars(rows, "seconds by method")
+
+
+def class_bars(audit: Audit) -> Markup:
+    """The bracket of each class."""
+    rows = [
+        Bar(
+            row["name"],
+            [("robust", row["certified"]), ("unknown", row["empirical"] - row["certified"]),
+             ("broken", 1 - row["empirical"])],
+            f"{percent(row['certified'])} to {percent(row['empirical'])}",
+        )
+        for row in classes(audit)
+    ]  # fmt: skip
+    return bars(rows, "the bracket of each class: certified, unknown, broken")
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def _ends(audit: Audit) -> tuple[Tensor, Tensor]:
@@ -117,12 +137,14 @@ def _outside(audit: Audit) -> tuple[int, int]:
     return low, high
 
 
-def class_name(audit: Audit, index: int) -> str:
-    names = audit.data.classes
-    return names[index] if index < len(names) else str(index)
+def _largest_change(audit: Audit, rows: list[int]) -> float:
+    points = audit.bracket.witness
+    if points is None or not rows:
+        return 0.0
+    return (points[rows].cpu().double() - audit.x[rows].double()).abs().max().item()
 
 
-def _classes(audit: Audit) -> list[dict[str, Any]]:
+def classes(audit: Audit) -> list[dict[str, Any]]:
     """The bracket per class, in class order."""
     verdicts = np.array([KIND[v] for v in audit.verdicts])
     labels, right = audit.y.numpy(), (audit.margins > 0).numpy()
@@ -144,89 +166,41 @@ def _classes(audit: Audit) -> list[dict[str, Any]]:
     return rows
 
 
-def _samples(audit: Audit) -> list[dict[str, Any]]:
-    """Rows of the sample table: the unknown first, then broken, then certified, each by rising upper end."""
-    order = sorted(
-        range(len(audit)), key=lambda i: (_rank(audit.verdicts[i]), audit.bracket.upper[i].item())
+def diagnostics(audit: Audit, curve: Curve | None = None) -> Iterator[tuple[str, str]]:
+    """What speaks for the numbers and against them."""
+    for name, value in audit.differences.items():
+        yield f"outputs, {name}", f"largest difference {value:.3g}"
+    bracket = audit.bracket
+    broken = audit.counts[Verdict.VULNERABLE]
+    yield (
+        "witnesses",
+        f"{broken} points, each inside its set and run alone in every evaluation above",
     )
-    return [
-        {
-            "index": int(audit.positions[i]),
-            "label": class_name(audit, int(audit.y[i])),
-            "predicted": class_name(audit, int(audit.predictions[i])),
-            "kind": KIND[audit.verdicts[i]],
-            "verdict": WORD[audit.verdicts[i]],
-            "lower": signed(audit.bracket.lower[i].item()),
-            "upper": signed(audit.bracket.upper[i].item()),
-            "reason": audit.reason(i),
-        }
-        for i in order[:SAMPLES]
-    ]
-
-
-def _rank(verdict: Verdict) -> int:
-    return (Verdict.UNKNOWN, Verdict.VULNERABLE, Verdict.ROBUST).index(verdict)
-
-
-def signed(value: float) -> str:
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:+.4f}".replace("-", "−")
-
-
-def _grid(audit: Audit) -> tuple[list[Shown], float]:
-    """Broken examples that were right before the change, at most one a class until all classes had one; the factor."""
-    points = audit.bracket.witness
-    right = audit.margins > 0
-    rows = [i for i, v in enumerate(audit.verdicts) if v is Verdict.VULNERABLE and bool(right[i])]
-    if points is None or not rows:
-        return [], 1.0
-    seen: dict[int, int] = {}
-    order = []
-    for i in rows:
-        label = int(audit.y[i])
-        order.append((seen.setdefault(label, 0), i))
-        seen[label] += 1
-    chosen = [i for _, i in sorted(order)[:GRID]]
-    deltas = points[chosen].cpu().double() - audit.x[chosen].double()
-    limit = deltas.abs().max().item()
-    factor = 1 / limit if limit > 0 else 1.0
-    return [_shown(audit, i, points[i], limit) for i in chosen], factor
-
-
-def _shown(audit: Audit, i: int, point: Tensor, limit: float) -> Shown:
-    x, z = audit.x[i].double().numpy(), point.cpu().double().numpy()
-    low, high = _range(audit)
-    scale = (high - low) or 1.0
-    size = np.linalg.vector_norm((z - x).ravel(), ord=float(audit.threat.p))
-    return Shown(
-        int(audit.positions[i]),
-        class_name(audit, int(audit.y[i])),
-        class_name(audit, int(audit.predictions[i])),
-        class_name(audit, int(audit.adversarial[i])),
-        _picture((x - low) / scale),
-        _picture(z - x, limit),
-        _picture((z - low) / scale),
-        f"{size:.4g}",
-        signed(audit.bracket.lower[i].item()),
-        signed(audit.bracket.upper[i].item()),
-    )  # fmt: skip
-
-
-def _range(audit: Audit) -> tuple[float, float]:
-    """What black and white stand for: the domain where it is finite, else the range of the data."""
-    low, high = (torch.as_tensor(v).double() for v in (audit.data.lower, audit.data.upper))
-    if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        return low.min().item(), high.max().item()
-    return audit.x.min().item(), audit.x.max().item()
-
-
-def _picture(values: np.ndarray[Any, np.dtype[np.float64]], limit: float | None = None) -> Picture:
-    """An image or, for other inputs of up to 512 numbers, bars; a signed change if ``limit`` is given."""
-    if values.ndim == 3 and values.shape[0] in (1, 3):
-        image = as_image(values) if limit is None else as_change(values, limit)
-        return Picture(uri=data_uri(image))
-    flat = values.ravel()
-    if len(flat) > 512:
-        return Picture()
-    return Picture(svg=vector_bars(flat, limit or 1.0, signed=limit is not None))
+    gap = (bracket.upper - bracket.lower)[[v is Verdict.UNKNOWN for v in audit.verdicts]]
+    finite = gap[torch.isfinite(gap)]
+    if len(finite):
+        yield "unknown examples", f"median distance of the two ends {finite.median().item():.4g}"
+    radius = 0.0 if bracket.rounding is None else bracket.rounding.max().item()
+    yield "rounding", f"at most {radius:.3g} of a margin; verdicts within it count as unknown"
+    for verdict, ends in (
+        (Verdict.ROBUST, bracket.lower_evidence),
+        (Verdict.VULNERABLE, bracket.upper_evidence),
+    ):
+        counts = Counter(
+            e.method for e, v in zip(ends, audit.verdicts, strict=True) if e and v is verdict
+        )
+        if counts:
+            said = ", ".join(f"{name} {n}" for name, n in counts.most_common())
+            yield "certified by" if verdict is Verdict.ROBUST else "broken by", said
+    for finding in audit.findings:
+        remedy = f" Remedy: {finding.remedy}" if finding.warning else ""
+        state = "warning: " if finding.warning else ""
+        yield f"attacks, {finding.name}", f"{state}{finding.message}{remedy}"
+    for row in audit.methods:
+        if row.note:
+            yield f"{row.name}: note", row.note
+    if curve:
+        yield (
+            "radii",
+            "certificates carried to smaller, witnesses to larger ones and judged again there",
+        )

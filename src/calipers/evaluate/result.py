@@ -5,24 +5,37 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from calipers.attacks.diagnostics import Finding
 from calipers.bracket import Bracket, Verdict
-from calipers.confidence import clopper_pearson
 from calipers.data import Data
+from calipers.evaluate.sampling import Sampling
 from calipers.grid import spacing
 from calipers.sets import Number, ThreatModel
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from calipers.attacks.diagnostics import Finding
+
 NORM = {1.0: "l1", 2.0: "l2", math.inf: "linf"}
+
+
+class Units(NamedTuple):
+    """What a method said about each example it was tried on, all (M,): which example, both ends, seconds and work."""
+
+    rows: Tensor
+    lower: Tensor
+    upper: Tensor
+    seconds: Tensor
+    work: Tensor
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class Row:
     Args:
         stored: the part of ``seconds`` spent in earlier, interrupted calls.
         work: passes of the network, summed over examples (`calipers.work`); 0 where a method does not count.
+        units: the same by example, where it was tried on any.
     """
 
     name: str
@@ -42,6 +56,7 @@ class Row:
     note: str = ""
     stored: float = 0.0
     work: float = 0.0
+    units: Units | None = field(default=None, repr=False, compare=False)
 
     @property
     def passes(self) -> str:
@@ -64,6 +79,9 @@ class Audit:
         differences: comparison of evaluations -> largest difference of an output.
         identity: versions and content digests, as stored in a run directory.
         deployed: whether certified speaks of the executed network too, its rounding included.
+        findings: of the diagnostics, if they were asked for.
+        comparisons: audits of the same sample that the confidence is for, together.
+        earlier: the runs beside this one that had measured the same examples otherwise.
     """
 
     threat: ThreatModel
@@ -83,6 +101,9 @@ class Audit:
     differences: Mapping[str, float]
     identity: Mapping[str, Any]
     deployed: bool = False
+    findings: tuple[Finding, ...] = ()
+    comparisons: int = 1
+    earlier: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -143,15 +164,23 @@ class Audit:
 
     @cached_property
     def confidence(self) -> dict[str, tuple[float, float]] | None:
-        """95 % intervals of both ends for the whole data set, if a sample was audited."""
+        """95 % intervals of both ends for the whole data set, if a sample was audited; see `sampling`."""
+        return None if self.sampling is None else self.sampling.shares
+
+    @cached_property
+    def sampling(self) -> Sampling | None:
+        """What the sample says about the whole data set, if a sample was audited."""
         if not self.sampled:
             return None
-        proved, broken = self.counts[Verdict.ROBUST], self.counts[Verdict.VULNERABLE]
-        return {
-            "clean": clopper_pearson(int((self.margins > 0).sum()), len(self)),
-            "certified": clopper_pearson(proved, len(self)),
-            "empirical": clopper_pearson(len(self) - broken, len(self)),
-        }
+        return Sampling(
+            population=self.population,
+            n=len(self),
+            right=int((self.margins > 0).sum()),
+            proved=self.counts[Verdict.ROBUST],
+            unbroken=len(self) - self.counts[Verdict.VULNERABLE],
+            seed=self.seed,
+            comparisons=self.comparisons,
+        )
 
     def _positions(self, verdict: Verdict) -> list[int]:
         """Where the examples of this verdict stand in the data set."""
@@ -183,6 +212,8 @@ class Audit:
             "unknown": self.unknown,
             "certified_examples": self._positions(Verdict.ROBUST),
             "broken_examples": self._positions(Verdict.VULNERABLE),
+            "sampling": self.sampling and self.sampling.json(),
+            "earlier": [dict(run) for run in self.earlier],
             "confidence_95": self.confidence and {k: list(v) for k, v in self.confidence.items()},
             "seconds": self.seconds,
             "stopped": self.stopped,
@@ -204,6 +235,10 @@ class Audit:
             "data": self.data.name,
             "seed": self.seed,
             "notes": list(self.notes),
+            "diagnostics": [
+                {**vars(f), "value": f.value if math.isfinite(f.value) else str(f.value)}
+                for f in self.findings
+            ],
             "largest_difference_of_outputs": dict(self.differences),
             "identity": dict(self.identity),
             "environment": environment(),
@@ -220,7 +255,23 @@ class Audit:
         from calipers.evaluate.report import render
         from calipers.files import write_atomically
 
-        write_atomically(path, render(self))
+        write_atomically(path, render(self, folder=Path(path).parent))
+
+    def figures(self, folder: str | Path) -> str:
+        """The report's figures as SVG, PNG and PDF; why the last two are missing, or nothing."""
+        from calipers.evaluate.figures import figures, save
+
+        return save(folder, figures(self))
+
+
+def threat_identity(threat: ThreatModel) -> str:
+    """The threat model as a string that tells any two apart."""
+    parts = (
+        f"{name}={v.double().tolist() if isinstance(v, Tensor) else v!r}"
+        for name, v in vars(threat).items()
+        if name != "p" and v is not None
+    )
+    return f"p={float(threat.p):g} {' '.join(parts)}"
 
 
 def threat_json(threat: ThreatModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 from calipers.errors import DataError, StoreMismatch
 from calipers.evaluate.store import record_of
+from calipers.files import cell
 
 QUERY = "SELECT stage, example, lower, upper, seconds, work FROM unit ORDER BY example"
 VERDICTS = ("robust", "vulnerable", "unknown")
@@ -167,6 +169,21 @@ def find(root: str | Path) -> list[Path]:
     return sorted(file.parent for file in root.rglob("run.sqlite") if file.is_file())
 
 
+def radius_given(run: Stored) -> str | float | None:
+    """The radius as it was given to the audit, a text or a float; None where it is no single number."""
+    text = str(run.identity.get("threat", ""))
+    found = re.search(
+        r"\beps=(?:'([^']+)'|Fraction\((\d+), (\d+)\)|([-+.\de]+)(?: |$))", text, re.ASCII
+    )
+    if not found:
+        return None
+    quoted, top, bottom, number = found.groups()
+    try:
+        return quoted or (f"{top}/{bottom}" if top else float(number))
+    except ValueError:
+        return None
+
+
 class Difference(NamedTuple):
     """How two runs differ.
 
@@ -220,7 +237,7 @@ def _csv(run: Stored) -> bytes:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(Record._fields)
-    writer.writerows(run.records)
+    writer.writerows(map(cell, record) for record in run.records)
     return out.getvalue().encode()
 
 

@@ -26,7 +26,7 @@ from calipers.evaluate.cascade import Stage
 from calipers.evaluate.checks import onnxruntime_replica
 from calipers.evaluate.fold import Batches, Job, Unit, evident, measured
 from calipers.evaluate.limits import TimeIsUp
-from calipers.evaluate.store import model_digest
+from calipers.evaluate.store import code_digest, model_digest
 from calipers.evaluate.workers import Lost, Raised, Team
 from calipers.graph.graph import Network
 from calipers.sets import ThreatModel
@@ -41,11 +41,14 @@ class Setup(NamedTuple):
         network: the network, or what makes it.
         digest: of the network that is audited: the worker's must have the same.
         replicas: evaluations that must agree, besides onnxruntime's.
+        gpus: whether a worker measures on a GPU, if it sees one.
+        code: digest of the sources that measure: the worker's must be the same.
         cap: bytes of address space that measuring may take on top of what the worker has when it is ready.
     """
 
     network: Network | Callable[[], Network]
     digest: str
+    code: str
     stages: tuple[Stage, ...]
     threat: ThreatModel
     seed: int
@@ -54,6 +57,7 @@ class Setup(NamedTuple):
     memory: int | None
     threads: int
     cap: int | None
+    gpus: bool = False
 
 
 class Task(NamedTuple):
@@ -97,7 +101,7 @@ class Batch(NamedTuple):
 
 
 def team(
-    count: int,
+    count: int | None,
     network: Network,
     stages: Sequence[Stage],
     threat: ThreatModel,
@@ -109,9 +113,11 @@ def team(
     threads: int,
     cap: int | None,
     loader: Callable[[], Network] | None,
+    ray: str | None = None,
 ) -> Team:
-    """Workers that measure `stages`. Each may take ``cap`` bytes; by default an equal share of the machine's memory."""
-    for name, number in (("workers", count), ("threads", threads)):
+    """Workers that measure `stages`, here or, with ``ray``, in the cluster there. Each may take ``cap`` bytes; here, an
+    equal share of the machine's memory by default."""
+    for name, number in (("workers", 1 if count is None else count), ("threads", threads)):
         if number < 1:
             raise ValueError(f"{name}: {number} is not at least 1")
     if network.device.type != "cpu":
@@ -119,10 +125,18 @@ def team(
             f"workers: the network is on {network.device}; leave workers out, or move it to the CPU"
         )
     setup = Setup(
-        loader or network, model_digest(network), tuple(stages), threat, seed, tuple(replicas), deployed, memory,
-        threads, cap or _share(count),
+        loader or network, model_digest(network), code_digest(), tuple(stages), threat, seed, tuple(replicas), deployed,
+        memory, threads, cap,
     )  # fmt: skip
-    return Team(count, prepare, (setup,))
+    if ray is not None:
+        from calipers.evaluate.cluster import Cluster
+
+        # what the rounding of a deployed network may be is known of a processor only
+        return Cluster(
+            count, prepare, setup._replace(gpus=not deployed), address=ray, threads=threads
+        )
+    number = count or 1
+    return Team(number, prepare, setup._replace(cap=cap or _share(number)))
 
 
 def _share(count: int) -> int | None:
@@ -185,8 +199,10 @@ def _after(batch: Batch, answer: Lost | Failed) -> tuple[list[Batch], str]:
 
 
 def _unit(rows: Tensor, stage: Stage, answer: Answer) -> Unit:
-    lower, upper, rounding = map(torch.from_numpy, answer.ends)
-    points = None if answer.points is None else torch.from_numpy(answer.points)
+    lower, upper, rounding = map(
+        torch.tensor, answer.ends
+    )  # copies: Ray shares its memory read-only
+    points = None if answer.points is None else torch.tensor(answer.points)
     part = Bracket(lower, upper, points, rounding)
     part = evident(part, stage.name, answer.seconds, answer.work)
     return Unit(rows, part, answer.seconds, answer.work)
@@ -202,8 +218,14 @@ def prepare(setup: Setup) -> Callable[[Task], Answer | Failed]:
         WorkerError: the network made here is not the one that is audited.
     """
     torch.set_num_threads(setup.threads)
+    if code_digest() != setup.code:
+        raise WorkerError(
+            "a worker has other sources of Calipers than the process that drives the audit"
+        )
     network = setup.network if isinstance(setup.network, Network) else setup.network()
     network.module.eval()
+    if setup.gpus and torch.cuda.is_available():
+        network.module.to("cuda")
     if model_digest(network) != setup.digest:
         raise WorkerError("the network that a worker has is not the one that is audited")
     runtime = onnxruntime_replica(network)
@@ -217,7 +239,7 @@ def prepare(setup: Setup) -> Callable[[Task], Answer | Failed]:
 
     def handle(task: Task) -> Answer | Failed:
         now = time.perf_counter()
-        x, y = torch.from_numpy(task.x), torch.from_numpy(task.y)
+        x, y = (torch.tensor(part, device=network.device) for part in (task.x, task.y))
         current = replace(job, x=x, y=y, deadline=now + task.deadline)
         rows = torch.arange(len(x))
         try:
@@ -235,7 +257,7 @@ def prepare(setup: Setup) -> Callable[[Task], Answer | Failed]:
 def _answer(unit: Unit) -> Answer:
     part = unit.part or Bracket.unknown(len(unit.rows))
     rounding = torch.zeros(len(part)) if part.rounding is None else part.rounding
-    ends = tuple(end.double().numpy() for end in (part.lower, part.upper, rounding))
+    ends = tuple(end.double().cpu().numpy() for end in (part.lower, part.upper, rounding))
     points = None if part.witness is None else part.witness.cpu().numpy()
     return Answer(ends, points, unit.seconds, unit.work)
 

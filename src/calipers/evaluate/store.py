@@ -101,6 +101,7 @@ class Store:
 
     Args:
         identity: what is measured; a directory that holds another one is refused.
+        settings: what may differ from start to start (a budget, say); kept with each start, not compared.
 
     `notes` says what was found damaged. `failures` are units that have no result, with the reason; they are tried
     again.
@@ -110,19 +111,26 @@ class Store:
         StoreError: it cannot be written, or another process is writing there.
     """
 
-    def __init__(self, directory: str | Path, identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        identity: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self.notes: list[str] = []
         plain = json.loads(json.dumps(identity))
         with _named(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _claim(self.directory, plain, write=False)
+            _claim(self.directory, plain)
             _require_writable(self.directory)
             self.connection = self._open()
         try:
             with _named(self.directory):
                 _claim(self.directory, plain)  # again, now that nobody else can write
                 self._mend()
+                (seen,) = self.connection.execute("SELECT count(*) FROM unit").fetchone()
+                _claim(self.directory, plain, {"results": seen, **(settings or {})})
         except BaseException:
             self.connection.close()
             raise
@@ -354,8 +362,10 @@ def record_of(content: Any) -> tuple[dict[str, Any], list[Any], int]:
     )
 
 
-def _claim(directory: Path, identity: Mapping[str, Any], *, write: bool = True) -> None:
-    """Compare the identity with the one that is there, if any; then note the start."""
+def _claim(
+    directory: Path, identity: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> None:
+    """Compare the identity with the one that is there, if any; then, given settings, note the start."""
     record = directory / "run.json"
     starts: list[Any] = []
     if record.exists():
@@ -380,8 +390,9 @@ def _claim(directory: Path, identity: Mapping[str, Any], *, write: bool = True) 
             )
     elif (directory / "run.sqlite").exists() and _has_units(directory / "run.sqlite"):
         raise StoreMismatch(f"{directory}: has results but no run.json; use another directory")
-    if write:
-        content = {"format": FORMAT, "identity": identity, "starts": [*starts, _start()]}
+    if settings is not None:
+        start = {**_start(), **settings}
+        content = {"format": FORMAT, "identity": identity, "starts": [*starts, start]}
         write_atomically(record, json.dumps(content, indent=2) + "\n")
 
 

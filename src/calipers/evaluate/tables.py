@@ -11,15 +11,22 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from calipers.attacks.diagnostics import lines
 from calipers.bracket import Verdict
 
 if TYPE_CHECKING:
     from calipers.bounds.widths import LayerWidths
+    from calipers.evaluate.curve import Curve
     from calipers.evaluate.explain import Explanation
     from calipers.evaluate.result import Audit
 
 WIDTH = 48  # of the bar
-SIDES = {"attack": "upper (attack)", "bound": "lower (bound)", "exact": "both (search)"}
+SIDES = {
+    "attack": "upper (attack)",
+    "bound": "lower (bound)",
+    "exact": "both (search)",
+    "carried": "both (other radii)",
+}
 
 
 def audit_table(audit: Audit) -> Group:
@@ -52,6 +59,7 @@ def audit_table(audit: Audit) -> Group:
         _bar(robust, audit.unknown, broken),
         verdicts,
         numbers,
+        *(map(Text, audit.sampling.lines()) if audit.sampling else ()),
         _methods(audit),
     ]
     if audit.stopped:
@@ -61,6 +69,44 @@ def audit_table(audit: Audit) -> Group:
             )
         )
     parts += [Text(note, style="italic") for note in audit.notes]
+    parts += [Text(line) for line in lines(audit.findings)]
+    return Group(*parts)
+
+
+def curve_table(curve: Curve) -> Group:
+    """A row per radius, then what did it at each."""
+    main = curve.main
+    drawn = f"{len(main)} of {main.population} examples, drawn at random (seed {main.seed})"
+    size = drawn if main.sampled else f"{len(main)} examples"
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("eps", "certified", "empirical", "unknown", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for one in curve.audits:
+        robust, broken = one.counts[Verdict.ROBUST], one.counts[Verdict.VULNERABLE]
+        cells = (percent(one.certified), percent(one.empirical), str(one.unknown))
+        seconds = f"{one.seconds:.1f}"
+        table.add_row(str(one.threat.eps), *cells, seconds, _bar(robust, one.unknown, broken))
+    parts: list[Text | Table] = [
+        Text(f"{main.name} on {main.data.name}, {size}, {curve.seconds:.1f} s", style="bold"),
+        Text(f"clean accuracy {percent(main.clean_accuracy)}; robust accuracy lies between:"),
+        table,
+    ]
+    if curve.confidence:
+        ends = ", ".join(
+            f"{a.threat.eps}: {percent(low)} .. {percent(high)}"
+            for a, (low, high) in zip(curve.audits, curve.confidence, strict=True)
+        )
+        parts.append(Text(f"of all examples, with 95 % confidence at all radii at once: {ends}"))
+    if curve.stopped:
+        left = f"; without an audit: {', '.join(map(str, curve.left))}" if curve.left else ""
+        parts.append(Text(f"stopped early ({curve.stopped}){left}"))
+    for one in curve.audits:
+        parts += [Text(f"eps {one.threat.eps}", style="bold"), _methods(one)]
+    parts += [
+        Text(note, style="italic")
+        for note in dict.fromkeys(n for a in curve.audits for n in a.notes)
+    ]
     return Group(*parts)
 
 

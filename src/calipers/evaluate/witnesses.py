@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +32,6 @@ from calipers.vnnlib.reader import Variable
 FORMAT = "calipers witnesses 1"
 FILE = "witnesses.npz"
 SHOWN = 10  # columns of the picture
-RATIO = 200  # how much larger than the file its arrays may be
 _ARRAYS = ("x", "y", "clean", "index", "prediction", "margin", "outputs")
 _TEXTS = ("threat", "model", "data", "model_name", "data_name", "format")
 _PARTS = ("eps", "lower", "upper", "mask")
@@ -140,7 +138,6 @@ def load_witnesses(path: str | Path) -> Witnesses:
     file = Path(path)
     file = file / FILE if file.is_dir() else file
     expected = "a witnesses.npz saved by calipers attack --save"
-    _refuse_bomb(file)
     optional = tuple(f"threat_{name}" for name in _PARTS)
     found = read_arrays(file, (*_ARRAYS, *_TEXTS), optional, expected=expected)
     wrong = [k for k in _TEXTS if found[k].dtype.kind != "U" or found[k].ndim]
@@ -170,18 +167,6 @@ def load_witnesses(path: str | Path) -> Witnesses:
 def _numeric(dtype: np.dtype[Any]) -> bool:
     """Whether torch has this type."""
     return dtype.kind in "fib" and dtype.itemsize <= 8 and dtype.isnative
-
-
-def _refuse_bomb(file: Path) -> None:
-    if not zipfile.is_zipfile(file):
-        return  # the reader has better words for it
-    try:
-        with zipfile.ZipFile(file) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, OSError):
-        return
-    if size > RATIO * file.stat().st_size:
-        raise DataError(f"{file}: {size:,} bytes once unpacked, far more than arrays compress to")
 
 
 def _require_shapes(file: Path, found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -28,9 +28,11 @@ READY = "ready"
 
 
 class Lost(NamedTuple):
-    """A task's worker died (``code``: its exit code), or was ended because it was late (None)."""
+    """A task's worker died (``code``: its exit code, ``cause`` if that says nothing), or was ended because it was late
+    (None)."""
 
     code: int | None
+    cause: str = ""
 
     @property
     def late(self) -> bool:
@@ -40,7 +42,7 @@ class Lost(NamedTuple):
     def reason(self) -> str:
         if self.late:
             return "no answer in time, so the worker was ended"
-        return f"the worker died (exit code {self.code}), out of memory perhaps"
+        return self.cause or f"the worker died (exit code {self.code}), out of memory perhaps"
 
 
 class Raised(NamedTuple):
@@ -57,17 +59,41 @@ class _Plain(ForkingPickler):
 
 
 class Worker:
-    """A process that handles one task at a time."""
+    """Handles one task at a time.
 
-    def __init__(self, prepare: Callable[..., Handle], settings: tuple[Any, ...]) -> None:
+    Args:
+        task: what it works on.
+        ready: whether it has started.
+        until: when it is given up, on the clock of ``time.monotonic()``.
+    """
+
+    def __init__(self) -> None:
+        self.task: Any = None
+        self.ready = False
+        self.until = time.monotonic() + START
+
+    def give(self, task: Any, sent: Any, seconds: float) -> None:
+        """Hand over a task, as ``sent``; without an answer in ``seconds`` it is lost."""
+        raise NotImplementedError
+
+    def heard(self) -> Any:
+        """What the worker said; `Lost` if it died instead."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        raise NotImplementedError
+
+
+class Process(Worker):
+    """A worker that is a process of this machine."""
+
+    def __init__(self, prepare: Callable[..., Handle], settings: Any) -> None:
+        super().__init__()
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
         self.process = context.Process(target=_serve, args=(other,), daemon=True)
         self.process.start()
         other.close()
-        self.task: Any = None
-        self.ready = False
-        self.until = time.monotonic() + START
         try:
             with suppress(OSError):  # it died: noticed when it is listened to
                 self.connection.send_bytes(_Plain.dumps((prepare, settings)))
@@ -79,13 +105,11 @@ class Worker:
             ) from None
 
     def give(self, task: Any, sent: Any, seconds: float) -> None:
-        """Hand over a task, as ``sent``; without an answer in ``seconds`` it is lost."""
         self.task, self.until = task, time.monotonic() + seconds
         with suppress(BrokenPipeError):
             self.connection.send(sent)
 
     def heard(self) -> Any:
-        """What the worker said; `Lost` if it died instead."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
@@ -105,12 +129,11 @@ class Team:
         prepare: called in each new worker with ``settings``; returns the function that handles its tasks.
     """
 
-    def __init__(
-        self, count: int, prepare: Callable[..., Handle], settings: tuple[Any, ...]
-    ) -> None:
+    def __init__(self, count: int, prepare: Callable[..., Handle], settings: Any) -> None:
         self.count, self.prepare, self.settings = count, prepare, settings
         self.workers: list[Worker] = []
         self.failed = 0  # starts in a row
+        self.notes: tuple[str, ...] = ()
 
     def __enter__(self) -> Team:
         return self
@@ -121,7 +144,12 @@ class Team:
         self.workers.clear()
 
     def _new(self) -> Worker:
-        return Worker(self.prepare, self.settings)
+        return Process(self.prepare, self.settings)
+
+    def _talking(self, workers: Sequence[Worker], seconds: float) -> list[Worker]:
+        """Those of ``workers`` that have something to say, once one has, or none after ``seconds``."""
+        spoken = {w.connection: w for w in workers if isinstance(w, Process)}
+        return [spoken[c] for c in wait(list(spoken), seconds) if isinstance(c, Connection)]
 
     def answers(
         self,
@@ -171,9 +199,9 @@ class Team:
         """Wait for the first answers, or until ``deadline``."""
         watched = [w for w in self.workers if w.task is not None or not w.ready]
         pause = max(0.0, min(deadline, *(w.until for w in watched)) - time.monotonic())
-        ready = wait([w.connection for w in watched], min(pause, LONGEST))
+        talking = self._talking(watched, min(pause, LONGEST))
         for worker in watched:
-            if worker.connection in ready:
+            if worker in talking:
                 answer = worker.heard()
             elif time.monotonic() >= worker.until:
                 answer = Lost(None)
@@ -212,9 +240,9 @@ def _serve(connection: Connection) -> None:
     with suppress(EOFError, OSError):
         try:
             prepare, settings = connection.recv()
-            handle = prepare(*settings)
+            handle = prepare(settings)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other end should know
-            connection.send(_raised(error))
+            connection.send(sendable(error))
             return
         connection.send(READY)
         while True:
@@ -222,11 +250,11 @@ def _serve(connection: Connection) -> None:
             try:
                 answer = handle(task)
             except Exception as error:  # noqa: BLE001 - the other end decides
-                answer = _raised(error)
+                answer = sendable(error)
             connection.send(answer)
 
 
-def _raised(error: Exception) -> Raised:
+def sendable(error: Exception) -> Raised:
     """The exception as one that can be sent: those of other packages often cannot be put together again."""
     import traceback
 

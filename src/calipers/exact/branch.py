@@ -24,6 +24,7 @@ from calipers.bounds.state import DEFAULT_MEMORY, State, check_spec, start, work
 from calipers.bracket import witness
 from calipers.exact.domains import Batch, Domains, Layer, Problem, joined
 from calipers.exact.leaf import programmable, solved
+from calipers.exact.maxima import without_maxima
 from calipers.exact.outcome import Outcome
 from calipers.exact.record import Proof, Record, as_bytes
 from calipers.graph.graph import Network
@@ -37,6 +38,9 @@ MOMENTUM = 0.7
 VALUES = 1 << 19
 PATIENCE = 25  # times as many steps for what cannot be split further
 SHARE = 0.25  # of the rows bounded so far that intervals computed again may cost
+INSIDE = (
+    0.1  # how far from their ends choices and multipliers are taken to be where splits are picked
+)
 ROWS = 512  # intermediate bounds computed together
 REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
@@ -86,7 +90,7 @@ def branch(
         values = sum(math.prod(node.shape) for node in network.graph.nodes)
         batch = min(max(VALUES // values, 32), 1024)
     search = Search(
-        network, region, spec, deadline, memory, progress, batch, steps, candidates, score, period,
+        without_maxima(network), region, spec, deadline, memory, progress, batch, steps, candidates, score, period,
         record, whole,
     )  # fmt: skip
     with torch.no_grad():
@@ -274,12 +278,16 @@ class Search:
     def _ascend(self, domains: Domains) -> Domains:
         """Polyak's subgradient steps with momentum towards a positive bound; what is proved takes no more part.
 
-        An open sub-problem leaves its last point to its children, which is further on its way than the best one.
+        An open sub-problem leaves its last point to its children, which is further on its way than the best one; but
+        where that is worse than what the parent had they begin anew.
         """
         work, alive = Batch(self.problem, domains), torch.arange(len(domains))
         best = torch.full_like(domains.bound, -math.inf)
         kept = [v.clone() for v in work.leaves]
         velocity: list[Tensor] = []
+        middle: Tensor | None = (
+            None  # of the points where the bounds were lowest: near the relaxation's minimum
+        )
         target = best
         for i in range(self.steps + 1):
             last = i == self.steps
@@ -297,10 +305,14 @@ class Search:
                 old[alive] = new.detach()
             if not i:
                 target = REACH * value.abs()
+            points = self._lowest(rows.detach())
+            middle = points if middle is None else middle + (points - middle) / (i + 1)
             if i % 8 == 0:
-                self._try(rows.detach())
+                self.judge(points)
             open_ = ~(value > 0)
             if last or not bool(open_.any()):
+                if i:
+                    self.judge(middle)
                 break
             grads = torch.autograd.grad(
                 total, work.leaves, allow_unused=True, materialize_grads=True
@@ -310,7 +322,13 @@ class Search:
                 rest = torch.nonzero(open_).flatten()
                 work, alive, target = work[rest], alive[rest], target[rest]
                 velocity = [v[rest] for v in velocity]
+                middle = middle[rest]
         choice, multiplier, weights = kept
+        if domains.where.shape[1]:
+            astray = (best < domains.bound).unsqueeze(1)
+            start = self.problem.starts(Interval(domains.low, domains.high))
+            choice = torch.where(astray, start, choice)
+            multiplier = multiplier.masked_fill(astray, 0.0)
         return replace(
             domains,
             bound=torch.maximum(domains.bound, best) if domains.where.shape[1] else best,
@@ -386,6 +404,9 @@ class Search:
     def split(self, domains: Domains, splittable: Tensor) -> Domains:
         """Both children of every sub-problem."""
         watched = Batch(self.problem, domains, watch=True)
+        # a line of slope 0 or a multiplier of 0 would hide all elements that it depends on, however loose they are
+        watched.choice.clamp_(INSIDE, 1 - INSIDE)
+        watched.multiplier.clamp_min_(INSIDE)
         watched.evaluate()
         score = self.score(watched).masked_fill(~splittable, -math.inf)
         sizes = _per_layer(watched, _size)
@@ -426,10 +447,10 @@ class Search:
             )
         return joined(parts)
 
-    def _try(self, rows: Tensor) -> None:
-        """Evaluate the network where the bounds' linear functions are lowest."""
+    def _lowest(self, rows: Tensor) -> Tensor:
+        """Where the bounds' linear functions, ``rows`` (n, *x), are lowest."""
         index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        self.judge(self.region[index].maximizer(-rows.double()).to(self.network.dtype))
+        return self.region[index].maximizer(-rows.double()).to(self.network.dtype)
 
     def judge(self, points: Tensor) -> None:
         """Keep the first of ``points`` (n, *x) that `witness` accepts."""

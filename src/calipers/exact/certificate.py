@@ -24,6 +24,7 @@ from torch import Tensor
 
 from calipers.errors import CertificateError
 from calipers.exact.grow import grown
+from calipers.exact.maxima import without_maxima
 from calipers.exact.record import Proof, Record
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Network
@@ -53,11 +54,18 @@ class Tree(NamedTuple):
     Args:
         clauses: that it proves.
         back: how many trees before it is the one whose root it shares; 0 for none.
+        maxima: whether it is about the network with its maxima as ReLUs.
     """
 
     clauses: list[int]
     arrays: Arrays
     back: int = 0
+    maxima: bool = False
+
+    def entry(self, number: int) -> dict[str, Any]:
+        """Its line in the document."""
+        base = {"root": number - self.back} if self.back else {}
+        return {"clauses": self.clauses, **base, **({"maxima": "relu"} if self.maxima else {})}
 
 
 class Claim(NamedTuple):
@@ -115,10 +123,7 @@ def encoded(
         "semantics": "real",
         "network": digest(network),
         "property": claim,
-        "trees": [
-            {"clauses": tree.clauses, **({"root": t - tree.back} if tree.back else {})}
-            for t, tree in enumerate(trees)
-        ],
+        "trees": [tree.entry(t) for t, tree in enumerate(trees)],
     }
     every = {f"{t}/{name}": v for t, tree in enumerate(trees) for name, v in tree.arrays.items()}
     header: dict[str, Any] = {"__metadata__": {"certificate": json.dumps(document)}}
@@ -210,9 +215,12 @@ def _grown(
     numbers = numbered(network)
     if isinstance(how, str):
         return [named(how, claims)]
+    if not how.of_inputs:  # what `branch` notes is about the network without its maxima
+        plain = without_maxima(network)
+        split = plain is not network
+        found = trees(how, claims, numbered(plain) if split else numbers)
+        return [tree._replace(maxima=split) for tree in found]
     own = list(trees(how, claims, numbers))
-    if not how.of_inputs:
-        return own
     model = onnx_file.network(read_bytes(file))
     return [t._replace(arrays=grown(t.arrays, model, clauses, t.clauses, seconds)) for t in own]
 

@@ -6,7 +6,6 @@ walked by the checker's own program, with rules alone, and grows where these do 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,10 +28,16 @@ NODES = 200_000
 
 
 class _Left(NamedTuple):
-    """A leaf that was refused: the node, and the planes (R, n), (R,) of each of its open clauses."""
+    """Leaves that were refused.
 
-    node: Open
-    planes: list[tuple[int, Array, Array]]
+    Args:
+        nodes: N of them.
+        planes: for each clause of the tree, with the leaves (L,) that it is open at, slopes (R, L, n) and offsets
+            (R, L) of its R functionals' planes there; none where the rules gave none.
+    """
+
+    nodes: Open
+    planes: list[tuple[int, Array, Array, Array]]
 
 
 class _Grower(Proof):
@@ -44,14 +49,25 @@ class _Grower(Proof):
         """Go on with the children of ``nodes``."""
         self.walk([self._children(nodes)])
 
-    def _last_resort(self, node: Open, found: Sequence[Found], place: int) -> None:
+    def _leaves(self, nodes: Open, found: Sequence[Found], left: Array) -> None:
+        whole = [s for s in found if len(s.planes.G)]
         planes = []
-        for c in np.flatnonzero(node.open[0]):
-            mine = [(s.owner == place) & (s.clause == c) for s in found]
-            slopes = np.concatenate([s.planes.G[m] for s, m in zip(found, mine, strict=True)])
-            offsets = np.concatenate([s.planes.c[m] for s, m in zip(found, mine, strict=True)])
-            planes.append((int(c), slopes, offsets))
-        self.left.append(_Left(node, planes))
+        if whole:
+            owner, clause = (
+                np.concatenate(v) for v in zip(*((s.owner, s.clause) for s in whole), strict=True)
+            )
+            G, c = (
+                np.concatenate(v)
+                for v in zip(*((s.planes.G, s.planes.c) for s in whole), strict=True)
+            )
+            for k, many in enumerate(np.diff(self.goal.first)):
+                some = np.flatnonzero(nodes.open[left, k])
+                mine = np.flatnonzero((clause == k) & np.isin(owner, left[some]))
+                if len(mine) == many * len(some) > 0:  # else some rule of theirs gave none
+                    order = np.argsort(owner[mine], kind="stable")
+                    rows = mine[order].reshape(len(some), many).T
+                    planes.append((k, some, G[rows], c[rows]))
+        self.left.append(_Left(nodes.at(left), planes))
 
 
 def grown(
@@ -79,7 +95,11 @@ def grown(
             proof.left = []
             proof.run()
             while proof.left:
-                left = [v for v in proof.left if not _weighted(v, numbers, lines)]
+                left = [
+                    v
+                    for v in (_weighted(v, numbers, lines) for v in proof.left)
+                    if len(v.nodes.node)
+                ]
                 proof.left = []
                 if not left:
                     break
@@ -87,53 +107,66 @@ def grown(
                 if len(arrays["child"]) > NODES:
                     raise CertificateError(f"the tree has more than {NODES} nodes")
                 proof.tree = Tree(arrays, network, numbers, counts, None)
-                nodes = Open(
-                    *(np.concatenate(v) for v in zip(*(v.node for v in left), strict=True))
-                )
-                proof.below(nodes)
+                parts = zip(*(v.nodes for v in left), strict=True)
+                proof.below(Open(*(np.concatenate(v) for v in parts)))
     except Refused as error:
         raise CertificateError(f"the checker's rules do not suffice: {error}") from None
     return {**arrays, **_lines(lines)}
 
 
-def _weighted(left: _Left, numbers: Sequence[int], lines: list[tuple[int, int, Array]]) -> bool:
-    """Whether weights of the functionals prove all open clauses; they are noted."""
-    box = left.node
+def _weighted(left: _Left, numbers: Sequence[int], lines: list[tuple[int, int, Array]]) -> _Left:
+    """Without the leaves at which weights of the functionals prove all open clauses; these are noted."""
+    box, still = left.nodes, left.nodes.open.copy()
     center = torch.from_numpy(box.lower / 2 + box.upper / 2)
     radius = torch.from_numpy((box.upper - box.lower) / 2)
     found = []
-    for c, slopes, offsets in left.planes:
+    for clause, some, slopes, offsets in left.planes:
         if len(offsets) < 2:
-            return False
-        G = torch.from_numpy(slopes)
-        values = torch.from_numpy(offsets) + G @ center[0]
+            continue
+        G, at = torch.from_numpy(slopes), torch.from_numpy(some)
+        values = torch.from_numpy(offsets) + (G * center[at]).sum(2)
         rows = torch.arange(len(offsets))
-        planes = Planes(G.unsqueeze(1), values.unsqueeze(1), 0 * rows, center, radius)
+        planes = Planes(G, values, 0 * rows, center[at], radius[at])
         weights = blend(planes, rows, STEPS)
-        if not planes.mean(rows, weights).lows.item() > 1e-9 * values.abs().max().item():
-            return False
-        found.append((int(box.node[0]), numbers[c], weights[:, 0].numpy()))
-    lines += found
-    return True
+        good = (planes.mean(rows, weights).lows[0] > 1e-9 * values.abs().amax(0)).numpy()
+        still[some[good], clause] = False
+        found.append((clause, some[good], weights.T.numpy()[good]))
+    done = np.asarray(~still.any(1))
+    for clause, some, own in found:
+        keep = done[some]
+        nodes = box.node[some[keep]].tolist()
+        lines += [(n, numbers[clause], w) for n, w in zip(nodes, own[keep], strict=True)]
+    place = np.cumsum(~done) - 1
+    planes_left = [
+        (k, place[some[keep]], G[:, keep], c[:, keep])
+        for k, some, G, c in left.planes
+        for keep in [~done[some]]
+    ]
+    return _Left(box.at(~done), planes_left)
 
 
 def _split(arrays: Arrays, left: Sequence[_Left]) -> Arrays:
     """With two more nodes below every leaf in ``left``, split where its planes vary most."""
-    count, new = len(arrays["child"]), 2 * len(left)
+    count, new = len(arrays["child"]), 2 * sum(len(v.nodes.node) for v in left)
     pads = {"layer": -1, "bounds": 2, "proof": 2, "trim": 1}
     arrays = {
         k: np.concatenate([v, np.full(new, pads.get(k, 0), v.dtype)]) for k, v in arrays.items()
     }
-    for i, (node, planes) in enumerate(left):
-        width = (node.upper - node.lower)[0]
-        steep = sum((np.abs(G).sum(0) for _, G, _ in planes), np.zeros_like(width))
-        dim = int((width * (steep + 1e-300)).argmax())
-        point = node.lower[0, dim] / 2 + node.upper[0, dim] / 2
-        if not (node.lower[0, dim] < point < node.upper[0, dim]) or not math.isfinite(point):
+    for nodes, planes in left:
+        width = nodes.upper - nodes.lower
+        steep = np.full_like(width, 1e-300)
+        for _, some, G, _ in planes:
+            steep[some] += np.abs(G).sum(0)
+        dim = (width * steep).argmax(1)
+        row = np.arange(len(dim))
+        low, high = nodes.lower[row, dim], nodes.upper[row, dim]
+        point = low / 2 + high / 2
+        if not (np.isfinite(point) & (low < point) & (point < high)).all():
             raise CertificateError("a box too small to be cut is not proved by the checker's rules")
-        at = int(node.node[0])
-        arrays["child"][at] = count + 2 * i
-        arrays["layer"][at], arrays["element"][at], arrays["point"][at] = -1, dim, point
+        arrays["child"][nodes.node] = count + 2 * row
+        arrays["layer"][nodes.node], arrays["element"][nodes.node] = -1, dim
+        arrays["point"][nodes.node] = point
+        count += 2 * len(row)
     return arrays
 
 

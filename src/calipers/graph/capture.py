@@ -115,7 +115,8 @@ def _export(module: nn.Module, pair: Tensor) -> Any:
     except Exception as error:  # torch.export raises many kinds; each means the same here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
-            f"cannot capture {type(module).__name__}: {first[:300]}; {REMEDY}"
+            f"cannot capture {type(module).__name__} on examples of shape {tuple(pair.shape[1:])}: {first[:300]}; "
+            f"{REMEDY}"
         ) from error
 
 

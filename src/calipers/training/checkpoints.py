@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from calipers.errors import StoreMismatch, TrainingError
-from calipers.files import write_atomically
+from calipers.files import bomb, write_atomically
 
 FILE = "checkpoint.pt"
 _DAMAGE = (
@@ -52,6 +52,8 @@ def load(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
+    if size := bomb(path):
+        raise StoreMismatch(f"{path}: {size:,} bytes once unpacked; not a checkpoint of ours")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         stored, state = json.loads(content["identity"]), dict(content["state"])

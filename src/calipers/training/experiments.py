@@ -1,5 +1,6 @@
-"""What the lectures show of trained networks: one norm's robustness is not another's, robust losses are flat, interval
-bounds say nothing about a network that was not trained for them, and why nobody trains on the exact inner maximum."""
+"""What the lectures show of trained networks: one norm's robustness is not another's, interval bounds say nothing
+about a network that was not trained for them, and why nobody trains on the exact inner maximum. Loss
+surfaces: `calipers.attacks.surface`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,6 @@ from calipers.graph.graph import Network, evaluating
 from calipers.seeds import mixed
 from calipers.sets import ThreatModel
 from calipers.spec import Spec
-from calipers.training.points import cross_entropy, gradient_at, normal
 from calipers.training.points import worst as worst_of
 
 Model = Callable[[Tensor], Tensor]
@@ -50,54 +50,6 @@ def cross_norm(
         points = attack(model, region, spec, seeds=seeds)
         found[name] = float((witness(model, region, spec, points).upper > 0).float().mean())
     return found
-
-
-@dataclass(frozen=True)
-class Surface:
-    """The loss of one example on a plane through it.
-
-    Args:
-        values: (n, n) losses, the steepest direction along the first axis.
-        steps: (n,) how far along each direction, in units of the input.
-    """
-
-    values: Tensor
-    steps: Tensor
-
-    @property
-    def rise(self) -> float:
-        """The largest value less that of the example itself, in the middle."""
-        middle = len(self.steps) // 2
-        return float(self.values.max() - self.values[middle, middle])
-
-
-@torch.no_grad()
-def surface(
-    model: Model, x: Tensor, y: Tensor, eps: float, *, seed: int = 0, size: int = 41
-) -> Surface:
-    """The cross-entropy at x + a·sign(g) + b·sign(r), |a|, |b| <= eps: g the gradient at the example, r random.
-
-    Args:
-        x, y: one example, (*x) and ().
-        size: points along each axis; odd, so that the example is one of them.
-
-    Raises:
-        ValueError: ``size`` is even.
-
-    Reference: Kolter and Madry, chapter 4.
-    """
-    if size % 2 == 0:
-        raise ValueError(f"size: {size} is even, so the example itself is not on the grid")
-    label = y.reshape(1)
-    steep = gradient_at(model, x.unsqueeze(0), cross_entropy(label))[0].sign()
-    other = normal(torch.tensor([seed]), x.unsqueeze(0))[0].sign()
-    steps = torch.linspace(-eps, eps, size, dtype=x.dtype, device=x.device)
-    spread = steps.view(-1, *[1] * x.ndim)
-    rows = [
-        F.cross_entropy(model(x + a * steep + spread * other), label.expand(size), reduction="none")
-        for a in steps
-    ]
-    return Surface(torch.stack(rows), steps)
 
 
 @torch.no_grad()

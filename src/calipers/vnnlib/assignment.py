@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calipers.errors import SpecError
-from calipers.vnnlib.reader import Variable
+from calipers.errors import CaptureError, SpecError
+from calipers.graph.onnx_file import read_bytes
+from calipers.vnnlib.reader import MAX_BYTES, Variable
 
 _NUMBER = r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
 _PAIR = re.compile(rf"\(\s*+([XY])_([0-9]{{1,9}})\s*+=?\s*+({_NUMBER})\s*+\)", re.ASCII)
@@ -50,11 +51,11 @@ def format_assignment(variables: tuple[Variable, ...], values: Mapping[str, Tens
 
 
 def read_assignment(path: str | Path) -> dict[str, Tensor]:
-    """`parse_assignment` on a file."""
+    """`parse_assignment` on a file, plain or gzip's."""
     path = Path(path)
     try:
-        return parse_assignment(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        return parse_assignment(read_bytes(path, MAX_BYTES).decode(), str(path))
+    except (OSError, UnicodeDecodeError, CaptureError) as error:
         raise SpecError(f"{path}: cannot be read ({error})") from None
 
 

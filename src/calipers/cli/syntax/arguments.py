@@ -65,3 +65,9 @@ Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Working memory to plan for: 500MB, 2GB.")
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Only N examples, drawn at random.")]
+Diagnose = Annotated[
+    bool,
+    typer.Option(
+        "--diagnose", help="Also check, on up to 60 examples, whether failures are to be believed."
+    ),
+]

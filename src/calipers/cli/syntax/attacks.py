@@ -11,6 +11,7 @@ from calipers.cli.syntax.application import app
 from calipers.cli.syntax.arguments import (
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
@@ -67,13 +68,7 @@ def attack(
             help="Skip what is certified: the JSON of an audit, or booleans in an .npy file.",
         ),
     ] = None,
-    diagnose: Annotated[
-        bool,
-        typer.Option(
-            "--diagnose",
-            help="Also check, on up to 60 examples, whether failures are to be believed.",
-        ),
-    ] = False,
+    diagnose: Diagnose = False,
     save: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write all witnesses, a picture of each and texts."),

@@ -12,6 +12,7 @@ from calipers.cli.syntax.arguments import (
     Budget,
     DataDir,
     DataName,
+    Diagnose,
     Eps,
     Grid,
     InputShape,
@@ -33,10 +34,23 @@ def audit(
     data: DataName = "digits",
     data_dir: DataDir = None,
     norm: Norm = "linf",
-    eps: Eps = "0.1",
+    eps: Annotated[
+        str,
+        typer.Option(
+            metavar="E,E,...",
+            help="Radius in input units, read exactly: 0.1 or 8/255; of several, a curve.",
+        ),
+    ] = "0.1",
     grid: Grid = None,
     mask: Mask = None,
     samples: Samples = None,
+    comparisons: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Audits of this sample (several eps, say) that its confidence is for, together.",
+        ),
+    ] = 1,
     budget: Budget = None,
     memory: Annotated[
         str | None,
@@ -59,6 +73,10 @@ def audit(
     json: Json = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the result as one HTML file.")
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the report's figures as SVG, PNG and PDF files."),
     ] = None,
     weights: Weights = None,
     input_shape: InputShape = None,
@@ -89,6 +107,14 @@ def audit(
         str | None,
         typer.Option(metavar="SHARE", help="Stop when the bracket is this narrow: 0.5%."),
     ] = None,
+    diagnose: Diagnose = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT",
+            help="Measure on a Ray cluster; auto starts one here unless RAY_ADDRESS names one.",
+        ),
+    ] = None,
 ) -> None:
     """Bracket the robust accuracy of MODEL on DATA.
 
@@ -104,6 +130,7 @@ def audit(
         run=run,
         json_file=json,
         report=report,
+        figures=figures,
         seed=seed,
         allow_softmax=allow_softmax,
         deployed=deployed,
@@ -113,6 +140,9 @@ def audit(
         threads=threads,
         worker_memory=worker_memory,
         precision=precision,
+        diagnose=diagnose,
+        ray=ray,
+        comparisons=comparisons,
     )
     if interrupted:
         raise typer.Exit(130)
@@ -137,6 +167,43 @@ def explain(
 
     subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, eps, grid, mask)
     commands.explain(subject, index=index, seed=seed)
+
+
+@app.command()
+def landscape(
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    eps: Annotated[
+        str, typer.Option(metavar="E", help="How far along each direction, in input units.")
+    ] = "0.1",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL[=WEIGHTS]", help="Another network on the same scale; may be repeated."
+        ),
+    ] = None,
+    size: Annotated[int, typer.Option(help="Points along each direction; an odd number.")] = 41,
+    own_scale: Annotated[
+        bool, typer.Option("--own-scale", help="Draw each network on a scale of its own.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="FILE.svg, .png, .pdf or .html.")
+    ] = None,
+    json: Json = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    seed: Seed = 0,
+) -> None:
+    """The loss and margin of one example over the gradient's signs and random ones, and how flat they are."""
+    from calipers.cli import commands, landscaping
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, "linf", eps)
+    landscaping.run(
+        subject, beside=beside or [], index=index, size=size, own_scale=own_scale, out=out,
+        json_file=json, seed=seed,
+    )  # fmt: skip
 
 
 @app.command()
@@ -259,6 +326,24 @@ def diff(
         raise typer.Exit(1)
 
 
+@runs.command("compare")
+def compare_runs(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN...", help="Runs of calipers audit --run, curves included."),
+    ],
+    report: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
+) -> None:
+    """Two or more runs side by side on one page: brackets, curves, and which examples changed sides.
+
+    Exit code 1 if two that measured the same thing contradict each other.
+    """
+    from calipers.cli import running
+
+    if not running.side_by_side(directories, report):
+        raise typer.Exit(1)
+
+
 @runs.command()
 def export(
     run: Run,
@@ -273,3 +358,32 @@ def export(
     from calipers.cli import running
 
     running.export(run, out)
+
+
+@app.command()
+def serve(
+    run: Run,
+    model: Model = None,
+    data: DataName = "digits",
+    data_dir: DataDir = None,
+    norm: Norm = "linf",
+    grid: Grid = None,
+    mask: Mask = None,
+    weights: Weights = None,
+    input_shape: InputShape = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; anything but this machine needs the token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8330,
+    token: Annotated[
+        str | None, typer.Option(envvar="CALIPERS_TOKEN", help="Ask for this one in any case.")
+    ] = None,
+) -> None:
+    """Explore RUN in a browser: its examples, brackets at any radius, attacks, bounds and loss surfaces, live.
+
+    MODEL, --data and the others as for the audit. Nothing is written.
+    """
+    from calipers.cli import commands, serving
+
+    subject = commands.Subject(model, weights, input_shape, data, data_dir, norm, "0", grid, mask)
+    serving.run(run, subject, host=host, port=port, token=token)

@@ -84,9 +84,6 @@ def verify(
     raise typer.Exit(code)
 
 
-Flag = Annotated[bool, typer.Option()]
-
-
 @app.command()
 def check(
     certificate: Annotated[
@@ -113,17 +110,62 @@ def check(
 
 @app.command()
 def supports(
-    onnx_opset_versions: Flag = False,
-    onnx_element_types: Flag = False,
-    onnx_operators: Flag = False,
-    vnnlib_versions: Flag = False,
-    hidden_node_theories: Flag = False,
-    multiple_input_output_theories: Flag = False,
-    multiple_network_theories: Flag = False,
-    multiple_node_comparison_theories: Flag = False,
-    arithmetic_complexity_theories: Flag = False,
-    optimised_disjunctive_reasoning: Flag = False,
-    serialise_assignments: Flag = False,
+    onnx_opset_versions: Annotated[
+        bool, typer.Option("--onnx-opset-versions", help="Oldest and newest operator set of ONNX.")
+    ] = False,
+    onnx_element_types: Annotated[
+        bool, typer.Option("--onnx-element-types", help="Types of numbers.")
+    ] = False,
+    onnx_operators: Annotated[
+        bool, typer.Option("--onnx-operators", help="Operators of ONNX.")
+    ] = False,
+    vnnlib_versions: Annotated[
+        bool, typer.Option("--vnnlib-versions", help="Versions of VNN-LIB.")
+    ] = False,
+    hidden_node_theories: Annotated[
+        bool,
+        typer.Option(
+            "--hidden-node-theories", help="Whether properties may speak of hidden values."
+        ),
+    ] = False,
+    multiple_input_output_theories: Annotated[
+        bool,
+        typer.Option(
+            "--multiple-input-output-theories",
+            help="Whether networks may have several inputs or outputs.",
+        ),
+    ] = False,
+    multiple_network_theories: Annotated[
+        bool,
+        typer.Option(
+            "--multiple-network-theories", help="Whether queries may have several networks."
+        ),
+    ] = False,
+    multiple_node_comparison_theories: Annotated[
+        bool,
+        typer.Option(
+            "--multiple-node-comparison-theories",
+            help="Whether relations may compare several values.",
+        ),
+    ] = False,
+    arithmetic_complexity_theories: Annotated[
+        bool,
+        typer.Option(
+            "--arithmetic-complexity-theories", help="Which arithmetic relations may use."
+        ),
+    ] = False,
+    optimised_disjunctive_reasoning: Annotated[
+        bool,
+        typer.Option(
+            "--optimised-disjunctive-reasoning", help="Whether disjunctions are decided together."
+        ),
+    ] = False,
+    serialise_assignments: Annotated[
+        bool,
+        typer.Option(
+            "--serialise-assignments", help="Whether counterexamples can be written as tensors."
+        ),
+    ] = False,
 ) -> None:
     """List what calipers verify can decide.
 
