@@ -174,7 +174,7 @@ def landscape(
     model: Model = None,
     data: DataName = "digits",
     data_dir: DataDir = None,
-    index: Annotated[int, typer.Option(help="Which example.")] = 0,
+    index: Annotated[int, typer.Option(metavar="N", help="Which example, counted from 0.")] = 0,
     eps: Annotated[
         str, typer.Option(metavar="E", help="How far along each direction, in input units.")
     ] = "0.1",
@@ -184,19 +184,24 @@ def landscape(
             metavar="MODEL[=WEIGHTS]", help="Another network on the same scale; may be repeated."
         ),
     ] = None,
-    size: Annotated[int, typer.Option(help="Points along each direction; an odd number.")] = 41,
+    size: Annotated[
+        int, typer.Option(metavar="N", help="Points along each direction; an odd number.")
+    ] = 41,
     own_scale: Annotated[
         bool, typer.Option("--own-scale", help="Draw each network on a scale of its own.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="FILE.svg, .png, .pdf or .html.")
+        Path | None, typer.Option(metavar="FILE", help="Draw it as FILE.svg, .png, .pdf or .html.")
     ] = None,
     json: Json = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
 ) -> None:
-    """The loss and margin of one example over the gradient's signs and random ones, and how flat they are."""
+    """Draw the loss and margin of one example on a plane.
+
+    Over the signs of its gradient and random ones; also says how flat they are.
+    """
     from calipers.cli import commands, landscaping
 
     subject = commands.Subject(model, weights, input_shape, data, data_dir, "linf", eps)
@@ -330,13 +335,14 @@ def diff(
 def compare_runs(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN RUN...", help="Runs of calipers audit --run, curves included."),
+        typer.Argument(metavar="RUN...", help="Folders of calipers audit --run, curves included."),
     ],
-    report: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
+    report: Annotated[Path, typer.Option(metavar="FILE", help="Write the page as one HTML file.")],
 ) -> None:
-    """Two or more runs side by side on one page: brackets, curves, and which examples changed sides.
+    """Set runs side by side on one page.
 
-    Exit code 1 if two that measured the same thing contradict each other.
+    Brackets, curves, and which examples changed sides. Exit code 1 if two that measured the same thing contradict
+    each other.
     """
     from calipers.cli import running
 
@@ -372,16 +378,26 @@ def serve(
     weights: Weights = None,
     input_shape: InputShape = None,
     host: Annotated[
-        str, typer.Option(help="Where to listen; anything but this machine needs the token.")
+        str,
+        typer.Option(
+            metavar="HOST", help="Where to listen; anything but this machine needs the token."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8330,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, metavar="N", help="Port to listen on; 0 takes any free one."
+        ),
+    ] = 8330,
     token: Annotated[
-        str | None, typer.Option(envvar="CALIPERS_TOKEN", help="Ask for this one in any case.")
+        str | None,
+        typer.Option(metavar="TEXT", envvar="CALIPERS_TOKEN", help="Token to ask for in any case."),
     ] = None,
 ) -> None:
-    """Explore RUN in a browser: its examples, brackets at any radius, attacks, bounds and loss surfaces, live.
+    """Explore a run in a browser.
 
-    MODEL, --data and the others as for the audit. Nothing is written.
+    Its examples, brackets at any radius, attacks, bounds and loss surfaces. MODEL, --data and the others as for the
+    audit. Nothing is written.
     """
     from calipers.cli import commands, serving
 
