@@ -34,6 +34,8 @@ OPTIONAL = {
     "pyarrow": "calipers runs export FILE.parquet: pip install 'calipers[parquet]'",
     "scikit-learn": "the linear models in its pipelines",
     "ray": "audits on several machines: pip install 'calipers[ray]'",
+    "starlette": "calipers serve: pip install 'calipers[serve]'",
+    "cairosvg": "figures as PNG and PDF: pip install 'calipers[figures]'",
     "tensorboard": "calipers train --tensorboard: pip install 'calipers[tensorboard]'",
     "pyscipopt": "SCIP for calipers.milp: pip install 'calipers[scip]'",
     "gurobipy": "Gurobi for calipers.milp, with a licence: pip install 'calipers[gurobi]'",

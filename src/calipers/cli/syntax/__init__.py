@@ -11,6 +11,7 @@ from calipers.cli.syntax.application import app
 # what a stranger needs first stands first in the help
 ORDER = (
     *("audit", "attack", "replay", "transfer", "explain", "inspect", "methods", "gate"),
+    *("landscape", "serve"),
     *("verify", "check", "bench", "supports", "train", "compare", "sweep", "download"),
     *("reproduce", "doctor"),
 )

@@ -191,16 +191,16 @@ def landscape(
         bool, typer.Option("--own-scale", help="Draw each network on a scale of its own.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="FILE.svg, .png, .pdf or .html.")
+        Path | None, typer.Option(metavar="FILE", help="Draw it as FILE.svg, .png, .pdf or .html.")
     ] = None,
     json: Json = None,
     weights: Weights = None,
     input_shape: InputShape = None,
     seed: Seed = 0,
 ) -> None:
-    """The loss around one example, as a surface, and how flat it is.
+    """Draw the loss and margin of one example on a plane.
 
-    Loss and margin over the directions of the gradient's signs and of random ones.
+    Over the signs of its gradient and random ones; also says how flat they are.
     """
     from calipers.cli import commands, landscaping
 
@@ -335,15 +335,14 @@ def diff(
 def compare_runs(
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN RUN...", help="Runs of calipers audit --run, curves included."),
+        typer.Argument(metavar="RUN...", help="Folders of calipers audit --run, curves included."),
     ],
-    report: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
+    report: Annotated[Path, typer.Option(metavar="FILE", help="Write the page as one HTML file.")],
 ) -> None:
-    """Several runs side by side, as one HTML page.
+    """Set runs side by side on one page.
 
-    Brackets, curves, and which examples changed sides.
-
-    Exit code 1 if two that measured the same thing contradict each other.
+    Brackets, curves, and which examples changed sides. Exit code 1 if two that measured the same thing contradict
+    each other.
     """
     from calipers.cli import running
 
@@ -381,23 +380,21 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            metavar="ADDRESS", help="Where to listen; anything but this machine needs the token."
+            metavar="HOST", help="Where to listen; anything but this machine needs the token."
         ),
     ] = "127.0.0.1",
     port: Annotated[
         int,
         typer.Option(
-            metavar="PORT", min=0, max=65535, help="Where to listen; 0 takes any free port."
+            min=0, max=65535, metavar="N", help="Port to listen on; 0 takes any free one."
         ),
     ] = 8330,
     token: Annotated[
         str | None,
-        typer.Option(
-            metavar="TOKEN", envvar="CALIPERS_TOKEN", help="Ask for this one in any case."
-        ),
+        typer.Option(metavar="TEXT", envvar="CALIPERS_TOKEN", help="Token to ask for in any case."),
     ] = None,
 ) -> None:
-    """Explore a run in the browser, with live brackets.
+    """Explore a run in a browser.
 
     Its examples, brackets at any radius, attacks, bounds and loss surfaces. MODEL, --data and the others as for the
     audit. Nothing is written.
