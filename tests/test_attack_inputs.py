@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -382,3 +383,13 @@ def test_common_mistakes_are_named(mistake: str) -> None:
     call, error, message = MISTAKES[mistake]
     with pytest.raises(error, match=message):
         call()
+
+
+def test_gradients_are_there_inside_of_no_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in searches, which run so; also where torch has not loaded what compares shapes."""
+    point, toward = X.clone().requires_grad_(), torch.ones(len(X), K, dtype=X.dtype)
+    expected = input_gradient(traced(NET, point, SPEC), point, toward)
+    monkeypatch.delitem(sys.modules, "torch.fx.experimental.symbolic_shapes", raising=False)
+    y = traced(NET, point, SPEC)
+    with torch.no_grad():
+        assert torch.equal(input_gradient(y, point, toward), expected)

@@ -74,9 +74,20 @@ PROMISES: dict[str, tuple[str, ...]] = {
     "settings are plain data": ("test_deep_json_is_named", "test_nothing_reads_yaml"),
     "no string of a report becomes markup": (
         "test_report::test_no_string_becomes_markup", "test_report::test_the_page_is_self_contained_and_says_it_all",
+        "test_report_in_browser::test_it_loads_nothing_and_fits",
+        "test_report_in_browser::test_hostile_strings_stay_text",
+        "test_explorer::test_hostile_names_stay_text",
     ),
     "tables run no formulas": ("test_cells_come_back_and_run_nothing", "test_a_run_s_table_runs_nothing"),
-    "nothing listens but to this machine": ("test_only_named_modules_talk_to_the_network",),
+    "nothing listens but to this machine": (
+        "test_only_named_modules_talk_to_the_network",
+        "test_explorer::test_by_default_only_the_loopback_interface_is_bound",
+        "test_explorer::test_beyond_this_machine_there_is_always_a_token",
+        "test_explorer::test_other_host_names_are_refused",
+        "test_explorer::test_other_sites_and_other_methods_are_refused",
+        "test_explorer::test_wrong_paths_and_values_are_named_and_harmless",
+        "test_explorer::test_nothing_is_written",
+    ),
     "Ray: loopback, a token, no dashboard": (
         "test_cluster::test_a_cluster_of_our_own_is_closed_to_others",
         "test_cluster::test_a_lost_node_changes_nothing", "test_cluster::test_old_versions_are_refused",

@@ -93,7 +93,8 @@ def input_gradient(y: Tensor, point: Tensor, toward: Tensor) -> Tensor:
     # torch imports sympy (0.4 s) to compare two shapes; a single number has none, but takes two operations more
     seed: tuple[Tensor, Tensor | None] = (y, toward)
     if "torch.fx.experimental.symbolic_shapes" not in sys.modules:
-        seed = (torch.dot(y.reshape(-1), toward.reshape(-1)), None)
+        with torch.enable_grad():
+            seed = (torch.dot(y.reshape(-1), toward.reshape(-1)), None)
     try:
         (gradient,) = torch.autograd.grad(seed[0], point, seed[1], allow_unused=True)
     except RuntimeError as error:
