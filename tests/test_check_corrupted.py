@@ -129,6 +129,8 @@ def test_every_length_of_the_file_but_the_right_one(tmp_path: Path) -> None:
         ({"trees": [{"clauses": [0], "root": 0}]}, "no earlier tree"),
         ({"trees": [{"clauses": [0], "root": -1}]}, "no earlier tree"),
         ({"trees": [{"clauses": [0]}, {"clauses": [0], "root": 0}]}, "2 of them for 1 clauses"),
+        ({"trees": [{"clauses": [0], "maxima": ["relu"]}]}, "maxima"),
+        ({"trees": [{"clauses": [0], "maxima": None}]}, "maxima"),
         ({"trees": [[0]]}, "keys"),
     ],
 )
