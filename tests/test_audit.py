@@ -448,3 +448,20 @@ def test_explain_names_what_is_skipped(network):
     assert "skipped: unsupported: sin" in shown(
         explain(network, digits(), THREAT, cascade=stages).table()
     )
+
+
+def test_under_a_time_limit_a_bound_that_decides_nothing_leaves_the_time_to_others():
+    network, data = load_model("digits_pgd"), load("digits")
+    clean, interval, *_ = select(["clean", "interval"])
+    stages = (clean, Stage("never", "bound", constant(-9.0)), interval)
+    threat = ThreatModel(math.inf, "0.02")
+    out = audit(network, data, threat, cascade=stages, seconds=60, chunk=50)
+    _, never, interval = out.methods
+    assert 200 <= never.tried < 300
+    assert "none of the" in never.note
+    assert interval.tried > 450
+    assert out.stopped is None
+    assert not out.cut.any()
+    untimed = audit(network, data, threat, cascade=stages)
+    assert untimed.methods[1].tried == interval.tried
+    assert untimed.certified == out.certified

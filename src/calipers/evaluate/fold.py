@@ -37,6 +37,7 @@ from calipers.spec import Spec
 from calipers.work import counted, counting
 
 CHUNK = 100  # examples a batch at most
+TRIAL = 200  # examples, the nearest to a proof, of which a bound must decide one to go on under a time limit
 SLICE = 5.0  # seconds a batch should last at most: what a kill can lose, and how often progress is reported
 
 
@@ -256,11 +257,22 @@ class _Run:
             self.stopped = "time"
         elif self.job.precision > 0 and unknown <= self.job.precision * len(self.before):
             self.stopped = "precision"
+        elif self._hopeless():
+            self.note = (
+                f"set aside: none of the {self.tried - self.restored} most promising decided"
+            )
+            return True
         return self.stopped is not None
+
+    def _hopeless(self) -> bool:
+        """Whether a bound that decided none of the rows nearest to a proof should leave the time to other stages."""
+        fresh = self.tried - self.restored
+        return self._timed and self.stage.side == "bound" and fresh >= TRIAL and not self.robust
 
     def _batches(self) -> Batches:
         """The rows left: one first, then as many as SLICE seconds (or half the time left) hold at the speed so far."""
-        left = self._left(self.todo if self.job.spread is None else self._promising())
+        plain = self.job.spread is None and not self._timed
+        left = self._left(self.todo if plain else self._promising())
         size, largest = 1, _examples(self.job, self.stage)
         while len(left) and not self._halted():
             yield left[:size], math.inf
