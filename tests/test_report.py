@@ -392,3 +392,12 @@ def test_curves_of_one_radius_or_from_zero(eps):
     assert "nan" not in str(curve_plot(found))
     if eps[0] == "0":
         assert found.certified[0] == found.empirical[0] == found.main.clean_accuracy
+
+
+def test_a_sample_s_report_tells_sampling_error_from_unknown(run, tmp_path):
+    page = tmp_path / "r.html"
+    code, *_ = run("audit", "--samples", 40, "--methods", "fgsm,interval", "--report", page)
+    assert code == 0
+    said = re.sub(r"\s+", " ", page.read_text())
+    assert "On all 500 examples between" in said
+    assert re.search(r"Of these [\d.]+%, [\d.]+% are unknown .* sampling error", said)
