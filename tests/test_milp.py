@@ -300,3 +300,21 @@ def test_nan_weights_are_never_robust() -> None:
     outcome = milp(network, region, spec, deadline=deadline())
     assert not outcome.robust
     assert outcome.point is None
+
+
+@pytest.mark.parametrize(("backend", "package"), [("scip", "pyscipopt"), ("gurobi", "gurobipy")])
+@pytest.mark.parametrize("p", [INF, 1.0])
+def test_the_other_back_ends_give_the_same_answers(backend: str, package: str, p: float) -> None:
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    network = networks.mlp(0, (3, 4, 3, 3))
+    region, spec = setting(network, p)
+    ours = optima(network, region, spec, deadline=deadline())
+    theirs = optima(network, region, spec, deadline=deadline(), backend=backend)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.status, b.status) == ("optimal", "optimal")
+        assert b.lower == pytest.approx(a.lower, abs=1e-6)
+        assert b.upper == pytest.approx(a.upper, abs=1e-6)
+        assert b.replayed
+    assert milp(network, region, spec, deadline=deadline(), backend=backend).robust is (
+        milp(network, region, spec, deadline=deadline()).robust
+    )
