@@ -176,7 +176,7 @@ def test_what_is_tried_again():
 
 
 def sleepy(network, region, spec, **_):
-    time.sleep(0.04 * len(region))
+    time.sleep(0.08 * len(region))
     return torch.full(spec.d.shape, -1.0, dtype=torch.float64)
 
 
