@@ -18,25 +18,15 @@ from calipers.errors import WorkerError
 from calipers.evaluate import cluster
 from calipers.evaluate.cascade import select
 from calipers.evaluate.cluster import LOOPBACK, OPEN, Cluster, Handler
-from calipers.evaluate.runs import read
 from calipers.evaluate.workers import READY, TRIES, Lost, Raised, Worker
 from calipers.models import load_model
+from stored_runs import settled
 
 THREAT = ThreatModel(math.inf, "0.1")
 STAGES = select(["clean", "interval", "fgsm", "crown_ibp", "pgd-20", "crown"])
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra ray)"
 )
-
-
-def settled(directory):
-    """All that a run says but seconds, number by number."""
-    run = read(directory)
-    return (
-        [r._replace(seconds=0.0) for r in run.records],
-        [t._replace(seconds=0.0) for t in run.stages],
-        run.failures,
-    )
 
 
 def measure(directory, **options):

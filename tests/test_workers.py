@@ -23,6 +23,7 @@ from calipers.evaluate.runs import read
 from calipers.evaluate.spread import Batch, Failed, limit_memory
 from calipers.evaluate.workers import Lost
 from calipers.models import load_model
+from stored_runs import settled
 
 THREAT = ThreatModel(math.inf, "0.1")
 STAGES = select(["clean", "interval", "fgsm", "crown_ibp", "pgd-20", "crown"])
@@ -32,16 +33,6 @@ KILLS = 5
 def digits(n=60):
     data = load("digits")
     return data.x[:n], data.y[:n]
-
-
-def settled(directory):
-    """All that a run says but seconds, number by number."""
-    run = read(directory)
-    return (
-        [r._replace(seconds=0.0) for r in run.records],
-        [t._replace(seconds=0.0) for t in run.stages],
-        run.failures,
-    )
 
 
 def measure(directory, **options):

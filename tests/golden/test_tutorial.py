@@ -31,6 +31,7 @@ from calipers.attacks.losses import cross_entropy
 from calipers.bounds import preactivations
 from calipers.data import Data, load
 from calipers.models import load_model
+from calipers.reproduce import WEIGHTS
 from calipers.seeds import seeds
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -44,16 +45,6 @@ pytestmark = pytest.mark.skipif(
     reason="the tutorial's weights and MNIST are not beside the checkout (shared/data)",
 )
 
-NETS = {
-    "ch3_model_dnn_2": "tutorial_dnn_2",
-    "ch3_model_dnn_4": "tutorial_dnn_4",
-    "ch3_model_small": "tutorial_small",
-    "ch3_model_cnn": "tutorial_cnn",
-    "ch4_model_cnn": "tutorial_cnn",
-    "ch4_model_cnn_robust": "tutorial_cnn",
-    "ch4_model_cnn_robust_2": "tutorial_cnn_robust_2",
-}
-
 
 @cache
 def published() -> dict[str, Any]:
@@ -63,7 +54,7 @@ def published() -> dict[str, Any]:
 
 @cache
 def net(name: str) -> Network:
-    return load_model(NETS[name], weights=TUTORIAL / f"{name}.pt")
+    return load_model(WEIGHTS[name], weights=TUTORIAL / f"{name}.pt")
 
 
 @cache
@@ -126,7 +117,7 @@ def clean_margins(name: str) -> Tensor:
     return torch.cat(margins)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_clean_error_is_exact(name: str) -> None:
     assert int((clean_margins(name) <= 0).sum()) == round(1e4 * published()["clean_error"][name])
 

@@ -20,8 +20,7 @@ from calipers.cli.options import seconds_of, shape_of, writable
 from calipers.data import load
 from calipers.errors import SpecError, StoreMismatch, unknown_name
 from calipers.evaluate.attack_tables import replay_table, transfer_table
-from calipers.evaluate.audit import sample
-from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
+from calipers.evaluate.diagnosis import diagnosis
 from calipers.evaluate.empirical import empirical
 from calipers.evaluate.replay import replay as run_replay
 from calipers.evaluate.replay import replay_assignment
@@ -82,8 +81,7 @@ def attack(
         )
     console().print(result.table())
     if diagnose:
-        few, _ = sample(data, min(DIAGNOSED, len(data)), seed)
-        for line in lines(diagnosis(network, few, threat, seed)):
+        for line in lines(diagnosis(network, data, threat, seed)):
             console().print(line, markup=False, highlight=False, soft_wrap=True)
     if save is not None:
         save_witnesses(save, result.witnesses)

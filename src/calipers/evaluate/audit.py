@@ -17,12 +17,12 @@ from calipers.bracket import Bracket, Model
 from calipers.data import Data, checked
 from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.checks import OVERLAP_MEMORY, batches, check, onnxruntime_replica, overlaps
-from calipers.evaluate.diagnosis import DIAGNOSED, diagnosis
+from calipers.evaluate.diagnosis import diagnosis
 from calipers.evaluate.fold import CHUNK, Job, Progress, fold, interruptible
 from calipers.evaluate.limits import bytes_of
 from calipers.evaluate.nested import carried, keep, require_related, row
 from calipers.evaluate.result import Audit, threat_identity
-from calipers.evaluate.sampling import history
+from calipers.evaluate.sampling import history, sample
 from calipers.evaluate.spread import Spread, team
 from calipers.evaluate.store import Store, code_digest, model_digest
 from calipers.graph.capture import capture
@@ -172,8 +172,7 @@ def audit(
         adversarial = predictions(network, bracket, checks.logits)
         findings: tuple[Finding, ...] = ()
         if diagnose and stopped != "interrupted":
-            few, _ = sample(part, min(DIAGNOSED, len(part)), seed)
-            findings = diagnosis(network, few, threat, seed)
+            findings = diagnosis(network, part, threat, seed)
     earlier = sum(r.stored for r in rows)
     seen = len(before) >= comparisons and len(part) < len(whole)  # more than the confidence is for
     notes = (
@@ -229,20 +228,6 @@ def inputs(x: Tensor, network: Network, threat: ThreatModel) -> Tensor:
     for part in batches(x):
         threat.around(part)
     return to_grid(moved, threat.grid)
-
-
-def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
-    """``samples`` examples drawn without replacement, in the data's order, and their positions in it."""
-    if samples is None or samples == len(data):
-        return data, torch.arange(len(data))
-    if not 1 <= samples <= len(data):
-        raise ValueError(
-            f"samples: {samples} is not between 1 and {len(data)}, the number of examples"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data), generator=generator)[:samples].sort().values
-    part = Data(data.x[rows], data.y[rows], data.lower, data.upper, data.name, data.classes)
-    return part, rows
 
 
 def evaluations(

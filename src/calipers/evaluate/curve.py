@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from calipers.bracket import Model, Verdict
-from calipers.confidence import clopper_pearson
 from calipers.data import Data
 from calipers.evaluate.audit import as_data, audit, evaluations, inputs, predictions
 from calipers.evaluate.fold import Progress
@@ -28,8 +27,6 @@ from calipers.sets import ThreatModel
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +64,7 @@ class Curve:
         (second) lie, at all radii at once with 95 % confidence (Clopper-Pearson, Bonferroni)."""
         if not self.main.sampled:
             return None
-        each = 1 - (1 - CONFIDENCE) / len(self.audits)  # half of the error falls to either end
-        found = []
-        for one in self.audits:
-            n, proved = len(one), one.counts[Verdict.ROBUST]
-            held = n - one.counts[Verdict.VULNERABLE]
-            found.append((clopper_pearson(proved, n, each)[0], clopper_pearson(held, n, each)[1]))
-        return found
+        return [one.sampling.beyond for one in self.audits if one.sampling is not None]
 
     def spans(self) -> list[tuple[str, str]]:
         """For each example the largest radius at which it is certified, and the smallest at which it is broken; empty

@@ -26,11 +26,12 @@ from calipers.confidence import clopper_pearson
 from calipers.data import Data
 from calipers.describe import describe
 from calipers.errors import DataError, unknown_name
-from calipers.evaluate.audit import as_data, inputs, sample
+from calipers.evaluate.audit import as_data, inputs
 from calipers.evaluate.certified import read_certified
 from calipers.evaluate.checks import batches, check, onnxruntime_replica
 from calipers.evaluate.fold import Progress, interruptible
 from calipers.evaluate.result import environment, threat_identity, threat_json
+from calipers.evaluate.sampling import sample
 from calipers.evaluate.store import code_digest, model_digest
 from calipers.evaluate.witnesses import Witnesses
 from calipers.graph.capture import capture

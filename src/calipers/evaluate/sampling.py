@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from calipers.confidence import clopper_pearson, hypergeometric
+from calipers.data import Data
 
 CONFIDENCE = 0.95
 LARGEST = 1 << 22  # bytes of a run.json that is looked into
@@ -111,6 +115,20 @@ class Sampling:
             f"(more examples: {below:.2%} below, {above:.2%} above)"
         )
         return [first, second]
+
+
+def sample(data: Data, samples: int | None, seed: int) -> tuple[Data, Tensor]:
+    """``samples`` examples drawn without replacement, in the data's order, and their positions in it."""
+    if samples is None or samples == len(data):
+        return data, torch.arange(len(data))
+    if not 1 <= samples <= len(data):
+        raise ValueError(
+            f"samples: {samples} is not between 1 and {len(data)}, the number of examples"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data), generator=generator)[:samples].sort().values
+    part = Data(data.x[rows], data.y[rows], data.lower, data.upper, data.name, data.classes)
+    return part, rows
 
 
 def history(run: str | Path | None, identity: Mapping[str, Any]) -> list[dict[str, Any]]:

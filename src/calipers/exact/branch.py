@@ -38,9 +38,7 @@ MOMENTUM = 0.7
 VALUES = 1 << 19
 PATIENCE = 25  # times as many steps for what cannot be split further
 SHARE = 0.25  # of the rows bounded so far that intervals computed again may cost
-INSIDE = (
-    0.1  # how far from their ends choices and multipliers are taken to be where splits are picked
-)
+INSIDE = 0.1  # choices and multipliers are kept so far from their ends where splits are picked
 ROWS = 512  # intermediate bounds computed together
 REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
@@ -285,9 +283,7 @@ class Search:
         best = torch.full_like(domains.bound, -math.inf)
         kept = [v.clone() for v in work.leaves]
         velocity: list[Tensor] = []
-        middle: Tensor | None = (
-            None  # of the points where the bounds were lowest: near the relaxation's minimum
-        )
+        middle: Tensor | None = None  # of the points below: near the relaxation's minimum
         target = best
         for i in range(self.steps + 1):
             last = i == self.steps

@@ -26,7 +26,7 @@ from calipers.bounds import BOUNDS
 from calipers.bracket import Bracket
 from calipers.data import Data
 from calipers.errors import CalipersError, StoreMismatch
-from calipers.evaluate.audit import evaluations, inputs, sample
+from calipers.evaluate.audit import evaluations, inputs
 from calipers.evaluate.cascade import Stage, default_cascade
 from calipers.evaluate.comparison import Side, sides
 from calipers.evaluate.examples import KIND, WORD, Picture, bounds_of_data, picture, signed
@@ -34,6 +34,7 @@ from calipers.evaluate.fold import Job, measure, search
 from calipers.evaluate.jaws import Jaw, nested, over_radius
 from calipers.evaluate.result import threat_identity
 from calipers.evaluate.runs import Record, Stored, radius_given
+from calipers.evaluate.sampling import sample
 from calipers.evaluate.store import model_digest
 from calipers.graph.graph import Network
 from calipers.rounding import exact
