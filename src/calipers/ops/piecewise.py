@@ -61,14 +61,14 @@ def _kink_tuned(left: float, right: float) -> Tuned:
         choice = (x.upper > -x.lower).to(x.lower.dtype)
         return choice, choice
 
-    return Tuned(lines, start)
+    return Tuned(lines, start, affine=True)
 
 
 def _leaky_tuned() -> Tuned:
     def lines(x: Interval, lower: Tensor, upper: Tensor, slope: float = 0.01) -> Lines:
         return _kink_tuned(slope, 1.0).lines(x, lower, upper)
 
-    return Tuned(lines, lambda x, *_: _kink_tuned(0.0, 1.0).start(x))
+    return Tuned(lines, lambda x, *_: _kink_tuned(0.0, 1.0).start(x), affine=True)
 
 
 def _one_sided(x: Interval, *_: Any) -> Tensor:
