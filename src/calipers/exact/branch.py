@@ -445,8 +445,10 @@ class Search:
 
     def _lowest(self, rows: Tensor) -> Tensor:
         """Where the bounds' linear functions, ``rows`` (n, *x), are lowest."""
-        index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        return self.region[index].maximizer(-rows.double()).to(self.network.dtype)
+        region = self.region
+        if region.grid is not None:
+            region = region[torch.zeros(len(rows), dtype=torch.long, device=rows.device)]
+        return region.maximizer(-rows.double()).to(self.network.dtype)
 
     def judge(self, points: Tensor) -> None:
         """Keep the first of ``points`` (n, *x) that `witness` accepts."""
