@@ -199,6 +199,32 @@ class State:
         return other
 
 
+def detached(state: State) -> State:
+    """The same computation from its start, without gradients."""
+    env = {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.env.items()}
+    frame = _detached(state.frame)
+    source = state.network.graph.inputs[0]
+    return State(
+        state.network,
+        state.region,
+        state.facts,
+        env,
+        frame,
+        state.rigorous,
+        state.memory,
+        {source: frame.hull},
+        choose=state.choose,
+        deadline=state.deadline,
+        whole=state.whole,
+    )
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return type(value)(*map(_detached, value)) if isinstance(value, tuple) else value
+
+
 def _cut(value: Any, span: slice | Tensor) -> Any:
     """The examples ``span`` of a tensor or of each tensor in a named tuple."""
     if isinstance(value, Tensor):
