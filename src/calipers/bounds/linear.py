@@ -269,6 +269,8 @@ _SQUARES = {torch.float32: 1e-13, torch.float64: 1e-146}
 def _deviation(state: State, name: str) -> Tensor:
     """How far the value may lie from its reference."""
     box, z = state.boxes[name], state.env[name]
+    if not state.rigorous and name in state.widths and name not in state.off_centre:
+        return 0.5 * state.widths[name]
     return torch.maximum(z - box.lower, box.upper - z)
 
 

@@ -62,6 +62,26 @@ def _einsum_terms(x: Tensor, y: Tensor, equation: str) -> int:
 # -- convolutions --------------------------------------------------------------------------------------
 
 
+SMALL = (
+    1 << 19
+)  # products; below, what the library does around a convolution takes longer than they
+
+
+def convolve(
+    x: Tensor, w: Tensor, b: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any
+) -> Tensor:
+    """`torch.conv2d`, by one matrix product where it is small (on a CPU, and without gradients)."""
+    plain = rest in ((), (1, 1), ((1, 1), 1), ([1, 1], 1)) and not isinstance(padding, str)
+    steps = _tuple(stride, 2)
+    products = x.numel() * w.numel() // max(1, w.shape[1] * math.prod(steps))
+    tracked = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    if not plain or tracked or products > SMALL or x.ndim != 4 or x.device.type != "cpu":
+        return torch.conv2d(x, w, b, stride, padding, *rest)
+    kernel, sides = list(w.shape[2:]), list(_tuple(padding, 2))
+    y: Tensor = torch.ops.aten.thnn_conv2d(x, w, kernel, b, list(steps), sides)
+    return y
+
+
 def _conv_magnitude(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def magnitude(scale: float, x: Tensor, w: Tensor, b: Any = None, *rest: Any) -> Tensor:
         return op(x, w.abs(), _scaled(b, scale), *rest)
@@ -333,7 +353,10 @@ AFFINE: dict[Callable[..., Any], Affine] = {
         _conv_magnitude(torch.conv1d), _conv_transpose(F.conv_transpose1d, 1), terms=_conv_terms
     ),
     torch.conv2d: Affine(
-        _conv_magnitude(torch.conv2d), _conv_transpose(F.conv_transpose2d, 2), terms=_conv_terms
+        _conv_magnitude(convolve),
+        _conv_transpose(F.conv_transpose2d, 2),
+        terms=_conv_terms,
+        run=convolve,
     ),
     torch.conv3d: Affine(
         _conv_magnitude(torch.conv3d), _conv_transpose(F.conv_transpose3d, 3), terms=_conv_terms

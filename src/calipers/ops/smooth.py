@@ -279,8 +279,8 @@ def _crest_line(
 ) -> tuple[Tensor, Tensor]:
     """Slope and offset of a line above f(z) = cos(z − peak) on an interval of any width.
 
-    For a slope m the largest f(z) − m·z lies at an end, or where f' = m on the first crest (on the last one if m < 0): so
-    any slope has its exact offset. At ``share`` 1/2 it is the slope of the concave hull at the middle, whose line is
+    For a slope m the largest f(z) − m·z lies at an end, or where f' = m on the first crest (on the last one if m < 0):
+    so any slope has its exact offset. At ``share`` 1/2 it is that of the concave hull at the middle, whose line is
     the lowest on average; towards 0 and 1 it turns by one.
     """
     l, u = x
