@@ -84,6 +84,11 @@ class State:
         cached = self.frame.origin.device.type == "cpu" and not self.whole
         return min(self.memory, CACHE) if cached else self.memory
 
+    @property
+    def root(self) -> State:
+        """The computation over the whole batch that this is a part of."""
+        return self if self.parent is None else self.parent.root
+
     def gamma(self, n: int) -> float:
         """The rounding factor of a sum of n products in any order, doubled for the accounting's own rounding."""
         if not self.rigorous or n <= 0:
