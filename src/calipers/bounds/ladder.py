@@ -277,7 +277,8 @@ def tightener(
     Args:
         raw: every element's interval is replaced by what the backward pass alone gives.
         most: a value of which more elements than this matter in an example is left as it is.
-        stable: of an element that one bound shows to be on one side of a kink, the other bound is left as it is.
+        stable: of an element that one bound shows to be on one side of a kink, the other bound is left as it is, if it
+            changes no later one.
     """
     status = exactness(state)
     box = math.isinf(state.region.p)
@@ -308,17 +309,18 @@ def tightener(
 
 
 def kink_of(state: State, name: str) -> float | None:
-    """Where all that read a value nonlinearly have their only kink."""
+    """Where all that read a value nonlinearly have their only kink, if only affine ops follow: then nobody asks for the
+    intervals of what is on one side of it."""
+    readers = [s for s in state.facts.steps if name in s.reads and not isinstance(s.kind, Affine)]
+    after = {s.node.name for s in readers}
     kinks: set[tuple[float, ...]] = set()
-    for step in state.facts.steps:
-        kind = step.kind
-        if name not in step.reads or isinstance(kind, Affine):
-            continue
-        if not isinstance(kind, Activation) or kind.pieces is None:
+    for step in readers:
+        if not isinstance(step.kind, Activation) or step.kind.pieces is None:
             return None
-        kinks.add(kind.pieces(*state.arguments(step.node)[0][1:]).points)
+        kinks.add(step.kind.pieces(*state.arguments(step.node)[0][1:]).points)
+    last = all(s.node.name in state.facts.tail for s in state.facts.steps if after & {*s.reads})
     (points,) = kinks if len(kinks) == 1 else ((),)
-    return points[0] if len(points) == 1 else None
+    return points[0] if last and len(points) == 1 else None
 
 
 def undecided(
