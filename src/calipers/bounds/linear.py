@@ -549,9 +549,19 @@ def _activation(
         bias = torch.sub(straight, loss, alpha=0.5)
         return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
     bent = size * (-0.5 * bend)
-    rows = torch.cat([along + bent, bent - along])
+    rows = _both(along, bent)
     bias = torch.cat([straight - 0.5 * loss, -straight - 0.5 * loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
+
+
+def _both(along: Tensor, bent: Tensor) -> Tensor:
+    """The rows of both sides, bent + along and bent − along, one after the other."""
+    if torch.is_grad_enabled() and (along.requires_grad or bent.requires_grad):
+        return torch.cat([bent + along, bent - along])
+    both = bent.new_empty(2 * len(bent), *bent.shape[1:])
+    torch.add(bent, along, out=both[: len(bent)])
+    torch.sub(bent, along, out=both[len(bent) :])
+    return both
 
 
 def _dense_linear_before(state: State, node: Node, rows: int) -> Node | None:
@@ -596,10 +606,9 @@ def _activation_and_linear(
     if change is None:
         return {0: found.unsqueeze(1)}, (straight - loss).unsqueeze(1)
     bends = change @ bent_weight
-    both = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
-    torch.add(bends, found, out=both[: len(A)])
-    torch.sub(bends, found, out=both[len(A) :])
-    return {0: both.unsqueeze(1)}, torch.cat([straight - loss, -straight - loss]).unsqueeze(1)
+    return {0: _both(found, bends).unsqueeze(1)}, torch.cat(
+        [straight - loss, -straight - loss]
+    ).unsqueeze(1)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
