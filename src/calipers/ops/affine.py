@@ -62,9 +62,8 @@ def _einsum_terms(x: Tensor, y: Tensor, equation: str) -> int:
 # -- convolutions --------------------------------------------------------------------------------------
 
 
-SMALL = (
-    1 << 19
-)  # products; below, what the library does around a convolution takes longer than they
+SMALL = 1 << 19  # products; with fewer, a convolution takes less time than what goes with it
+FEW = 32  # rows; with fewer, a call for every place of a kernel does not pay
 
 
 def convolve(
@@ -113,7 +112,7 @@ def pull_back(
         )
     ]
     columns = torch.matmul(w.flatten(1).T, A.flatten(2))
-    if columns.requires_grad:
+    if columns.requires_grad or len(A) < FEW:
         return F.fold(columns, tuple(size), kernel, dilation, padding, stride)
     return _scattered(
         columns.reshape(len(A), w.shape[1], *kernel, *A.shape[2:]), size, stride, padding, dilation
