@@ -69,8 +69,10 @@ FEW = 32  # rows; with fewer, a call for every place of a kernel does not pay
 def convolve(
     x: Tensor, w: Tensor, b: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any
 ) -> Tensor:
-    """`torch.conv2d`, by one matrix product where it is small (on a CPU, and without gradients)."""
+    """`torch.conv2d`, by one matrix product where it is small (on a CPU, and without gradients); torch does so itself
+    for kernels up to 3 x 3."""
     plain = rest in ((), (1, 1), ((1, 1), 1), ([1, 1], 1)) and not isinstance(padding, str)
+    plain = plain and min(w.shape[2:]) > 3
     steps = _tuple(stride, 2)
     products = x.numel() * w.numel() // max(1, w.shape[1] * math.prod(steps))
     tracked = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
