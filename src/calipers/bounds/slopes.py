@@ -25,12 +25,12 @@ from calipers.bounds.ladder import (
     refine,
     tightener,
 )
-from calipers.bounds.linear import both_bounds, deviations, look, lower_bounds
-from calipers.bounds.patches import Patch, Rows, dense
+from calipers.bounds.linear import Bend, both_bounds, deviations, look, lower_bounds
+from calipers.bounds.patches import Patch, Rows, clip, dense
 from calipers.bounds.planner import row_bytes
 from calipers.bounds.state import State, check_spec, flat, joined
 from calipers.graph.graph import Network, Node
-from calipers.ops.kinds import Activation, Lines
+from calipers.ops.kinds import Activation
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 
@@ -61,14 +61,14 @@ class OwnLines:
         both = {id(v): v for c in self.choices.values() for v in (c.lower, c.upper)}
         return [v for v in both.values() if v.requires_grad]
 
-    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+    def pulled(self, state: State, kind: Activation, node: Node, A: Rows) -> tuple[Rows, Tensor]:
         c = self.choices.get(node.name)
         if c is None:
             c = self.choices[node.name] = self._begin(state, kind, node, A)
-        return deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
-
-    def constraint(self, _state: State, _node: Node) -> None:
-        """Nothing more is known of values."""
+        lines = deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
+        data = clip(A, node.shape).data if isinstance(A, Patch) else A
+        rows, bias = Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
+        return A.moved(rows, clipped=True) if isinstance(A, Patch) else rows, bias
 
     def _begin(self, state: State, kind: Activation, node: Node, A: Rows) -> Choice:
         args, _ = state.arguments(node)

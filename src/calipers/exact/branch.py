@@ -35,7 +35,7 @@ from calipers.spec import Spec
 LARGE = 4000  # neurons from which on the root's bounds are computed in float32
 METRIC = 0.1, 1.0, 0.1  # how far choices, multipliers and weights may move, relative to each other
 MOMENTUM = 0.7
-VALUES = 1 << 19
+VALUES = 1 << 20
 PATIENCE = 25  # times as many steps for what cannot be split further
 SHARE = 0.25  # of the rows bounded so far that intervals computed again may cost
 INSIDE = 0.1  # choices and multipliers are kept so far from their ends where splits are picked
@@ -64,7 +64,7 @@ def branch(
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
     Args:
-        batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 32 to 1024.
+        batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 64 to 1024.
         steps: ascent steps on the lines and multipliers of a batch.
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
         score: how candidates are found, a name of `SCORES`.
@@ -86,7 +86,7 @@ def branch(
         raise ValueError(f"score: {score!r} is not one of {', '.join(SCORES)}")
     if batch is None:
         values = sum(math.prod(node.shape) for node in network.graph.nodes)
-        batch = min(max(VALUES // values, 32), 1024)
+        batch = min(max(VALUES // values, 64), 1024)
     search = Search(
         without_maxima(network), region, spec, deadline, memory, progress, batch, steps, candidates, score, period,
         record, whole,
@@ -445,8 +445,10 @@ class Search:
 
     def _lowest(self, rows: Tensor) -> Tensor:
         """Where the bounds' linear functions, ``rows`` (n, *x), are lowest."""
-        index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        return self.region[index].maximizer(-rows.double()).to(self.network.dtype)
+        region = self.region
+        if region.grid is not None:
+            region = region[torch.zeros(len(rows), dtype=torch.long, device=rows.device)]
+        return region.maximizer(-rows.double()).to(self.network.dtype)
 
     def judge(self, points: Tensor) -> None:
         """Keep the first of ``points`` (n, *x) that `witness` accepts."""

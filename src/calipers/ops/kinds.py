@@ -72,10 +72,12 @@ class Tuned:
         lines: ``(interval, lower, upper, *args) -> Lines``, sound for any choice, equal to f where it is linear on the
             interval; ``lower`` and ``upper`` may have more leading dimensions than the interval.
         start: ``(interval, *args) -> (lower, upper)``: the choice at which to start optimising.
+        affine: slopes and offsets are affine functions of the choice.
     """
 
     lines: Callable[..., Lines]
     start: Callable[..., tuple[Tensor, Tensor]]
+    affine: bool = False
 
 
 @dataclass(frozen=True)
