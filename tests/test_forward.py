@@ -65,7 +65,7 @@ def test_forms_enclose_every_value(name: str, symbols: int) -> None:
 
 def test_a_value_without_symbols_passes_through_every_kind_of_convolution() -> None:
     b = networks.Builder((2, 3, 2), 0)
-    h = b(prim.max_pool, b.x, (2, 2), (1, 1), (1, 1), (1, 1))  # contested windows are boxes
+    h = b(prim.max_pool, b.x, (2, 2), (1, 1), (1, 1), (1, 1))
     h = b(torch.conv_transpose2d, h, b.rand(2, 2, 2, 2), None, [2, 1], [1, 0])
     b.linear(b.conv(h, 2), 3)
     network = b.network()

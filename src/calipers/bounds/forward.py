@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from calipers.bounds.interval import RULES as INTERVAL
-from calipers.bounds.interval import magnitude, propagate
+from calipers.bounds.interval import magnitude, propagate, windowed
 from calipers.bounds.ladder import Statistics, at_reference, chunked, interval_bounds
 from calipers.bounds.state import State, absolute, at, check_spec, flat, met
 from calipers.graph import primitives as prim
@@ -345,6 +345,46 @@ def _bilinear(state: State, step: Step, forms: list[Form], symbols: int) -> Part
     return x * y, rows, rest
 
 
+def _extremum(state: State, step: Step, forms: list[Form], symbols: int) -> Parts:
+    """The element of each window whose least value is largest, and a strip as high as any other one can exceed it."""
+    node, name = step.node, step.node.name
+    kind: Extremum = step.kind  # type: ignore[assignment]
+    args, kwargs = state.arguments(node)
+    known = Interval(*INTERVAL[Extremum](state, step, args, kwargs))
+    state.boxes[name] = met(known, state.boxes[name]) if name in state.boxes else known
+    (form,), z = forms, flat(args[0])
+    index, (low, _) = windowed(kind, state.boxes[step.reads[0]], *args[1:], **kwargs)
+    best, places = low.argmax(2, keepdim=True), index.clamp_min(0)
+    values, radius = z[:, places], flat(form.radius)[:, places]
+    rows = flat(form.rows, 2)[:, :, places]
+    own = rows.gather(3, best.expand(len(rows), *best.shape))
+    above = values - values.gather(2, best) + (rows - own).abs_().sum(0)
+    rest = None
+    if form.rest is not None:
+        others = flat(form.rest)[:, places]
+        rest = others.gather(2, best)
+        above = above + others + rest
+    if state.rigorous:
+        size = values.abs() + radius
+        above = above + state.gamma(len(rows) + 8) * (size + size.gather(2, best))
+        above = above + (len(rows) + 8) * state.tiny
+    above = above.masked_fill(index < 0, -math.inf).scatter(2, best, 0.0).amax(2)
+    half, center = 0.5 * above, values.gather(2, best).squeeze(2)
+    rest = None if rest is None else rest.squeeze(2)
+    if state.rigorous:
+        slack = state.gamma(4) * (center.abs() + above) + 4 * state.tiny
+        rest = slack if rest is None else rest + slack
+    fresh, left = _fresh(half, symbols)
+    if left is not None:
+        rest = left if rest is None else rest + left
+    rows = torch.cat([own.squeeze(3), fresh])
+    return (
+        (center + half).reshape(-1, *node.shape),
+        rows.reshape(*rows.shape[:2], *node.shape),
+        None if rest is None else rest.reshape(-1, *node.shape),
+    )
+
+
 def _interval(state: State, step: Step, _forms: list[Form], _: int) -> Parts:
     """The interval alone, no symbol."""
     args, kwargs = state.arguments(step.node)
@@ -360,5 +400,5 @@ RULES: dict[type | None, Callable[[State, Step, list[Form], int], Parts]] = {
     Affine: _affine,
     Activation: _activation,
     Bilinear: _bilinear,
-    Extremum: _interval,
+    Extremum: _extremum,
 }

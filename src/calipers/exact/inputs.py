@@ -5,6 +5,7 @@ improves those that are unstable, and another one gives a plane below each funct
 also gets the plane of a weighted mean of them. The planes trim the boxes; what is left is cut in the dimension that
 helps most, which is measured: both halves are bounded, forward alone and in float32, for each candidate. Halves that
 look proved then are bounded forward alone first. Everything that is proved is proved in float64, rounding subtracted.
+Maxima that the network builds from ReLUs are bounded as maxima, unless notes are asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from calipers.bounds.state import State, flat, start, with_sparse_weights
 from calipers.bracket import witness
 from calipers.errors import RegionError
 from calipers.exact.boxes import Boxes, Frontier, Planes, blend, divisible, halves, joined, trimmed
+from calipers.exact.lattice import with_maxima
 from calipers.exact.outcome import Outcome
 from calipers.exact.record import Record
 from calipers.graph.graph import Network
@@ -74,7 +76,8 @@ def split_inputs(
     """
     _require(region, spec)
     with torch.no_grad():
-        search = _search(network, region, spec, memory or MEMORY, deadline)
+        bounded = network if record is not None else with_maxima(network)
+        search = _search(bounded, region, spec, memory or MEMORY, deadline)
         search.record = record
         if len(search.inputs) > DIMENSIONS:
             return Outcome(
