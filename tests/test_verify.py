@@ -322,6 +322,18 @@ def test_verdicts_agree_with_samples(seed: int, op: str, eighths: int) -> None:
 # -- alarms ------------------------------------------------------------------------------------------------------
 
 
+def test_an_alarm_lets_an_import_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slowly_imported.py").write_text(
+        "import time\nend = time.perf_counter() + 0.3\nwhile time.perf_counter() < end: pass\nwhole = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TimeIsUp), alarm(time.perf_counter() + 0.1):  # noqa: PT012 - it rings after the import
+        import slowly_imported
+
+        time.sleep(5)
+    assert slowly_imported.whole == 1
+
+
 def test_an_alarm_rings_and_leaves_an_earlier_timer_as_it_was() -> None:
     before = signal.getitimer(signal.ITIMER_REAL)
     handler = signal.getsignal(signal.SIGALRM)

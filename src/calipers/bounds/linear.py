@@ -101,6 +101,19 @@ def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = 
     return Interval(z + low - slack, z + high + slack)
 
 
+def side_bounds(
+    state: State, name: str, index: Tensor, *, kink: float, second: bool = False
+) -> Interval:
+    """One bound of each of the elements ``index`` (S, B), the other one infinite: the one that its reference says will
+    keep it on one side of ``kink``; or the ``second``."""
+    z = flat(state.env[name]).gather(1, index.T).T
+    up = (z < kink) != second
+    low = _Pull(state, name).sides_at(index, torch.where(up, -1.0, 1.0).to(state.dtype))
+    if state.rigorous:
+        low = low - (state.gamma(1) * (z.abs() + low.abs()) + state.tiny)
+    return Interval(torch.where(up, -math.inf, z + low), torch.where(up, z - low, math.inf))
+
+
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
@@ -113,6 +126,26 @@ class _Pull:
     def elements_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of unit rows."""
         self.elements = True
+        self._begin(index)
+        self.walk()
+        low = self.total()
+        if not self.mirrored:
+            return low, -self.total(-1.0)
+        half = len(low) // 2
+        return low[:half], -low[half:]
+
+    def sides_at(self, index: Tensor, sign: Tensor) -> Tensor:
+        """Lower bounds of unit rows times ``sign`` (S, B)."""
+        self._begin(index)
+        for name, rows in self.rows.items():
+            data = rows if isinstance(rows, Tensor) else rows.data
+            signed = data * sign.reshape(*sign.shape, *[1] * (data.ndim - 2))
+            self.rows[name] = signed if isinstance(rows, Tensor) else rows.moved(signed)
+        self.walk()
+        return self.total()
+
+    def _begin(self, index: Tensor) -> None:
+        """Unit rows, already taken through an affine op."""
         node = self.state.network.graph.node[self.name]
         kind = self.state.kind(node)
         rows = _unit_rows(self.state, kind, node, index)
@@ -126,12 +159,6 @@ class _Pull:
             A = torch.zeros(*index.shape, count, dtype=self.state.dtype, device=index.device)
             A.scatter_(2, index.unsqueeze(2), 1.0)
             self.rows[self.name] = A.reshape(*index.shape, *node.shape)
-        self.walk()
-        low = self.total()
-        if not self.mirrored:
-            return low, -self.total(-1.0)
-        half = len(low) // 2
-        return low[:half], -low[half:]
 
     def walk(self, within: Collection[str] | None = None) -> None:
         """Pull everything back to the input, or out of the values ``within``."""
@@ -269,6 +296,8 @@ _SQUARES = {torch.float32: 1e-13, torch.float64: 1e-146}
 def deviation(state: State, name: str) -> Tensor:
     """How far the value may lie from its reference."""
     box, z = state.boxes[name], state.env[name]
+    if not state.rigorous and name in state.widths and name not in state.off_centre:
+        return 0.5 * state.widths[name]
     return torch.maximum(z - box.lower, box.upper - z)
 
 
@@ -299,7 +328,8 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
         if noise is not None:
             bias = -_patch_dot(state, f"noise of {node.name}", A.moved(A.data.abs()), noise)
         for index in active:
-            rows = patches.through_affine(node, A, state.shape(node.operands[index]), args)
+            shape = state.shape(node.operands[index])
+            rows = patches.through_affine(node, A, shape, args, state.root.cache)
             if rows is not None:
                 parts[index] = rows
         if len(parts) == len(active):
@@ -516,9 +546,19 @@ def activation(
         bias = torch.sub(straight, loss, alpha=0.5)
         return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
     bent = size * (-0.5 * bend)
-    rows = torch.cat([along + bent, bent - along])
+    rows = _both(along, bent)
     bias = torch.cat([straight - 0.5 * loss, -straight - 0.5 * loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
+
+
+def _both(along: Tensor, bent: Tensor) -> Tensor:
+    """The rows of both sides, bent + along and bent − along, one after the other."""
+    if torch.is_grad_enabled() and (along.requires_grad or bent.requires_grad):
+        return torch.cat([bent + along, bent - along])
+    both = bent.new_empty(2 * len(bent), *bent.shape[1:])
+    torch.add(bent, along, out=both[: len(bent)])
+    torch.sub(bent, along, out=both[len(bent) :])
+    return both
 
 
 def _dense_linear_before(state: State, node: Node, rows: int) -> Node | None:
@@ -563,10 +603,9 @@ def _activation_and_linear(
     if change is None:
         return {0: found.unsqueeze(1)}, (straight - loss).unsqueeze(1)
     bends = change @ bent_weight
-    both = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
-    torch.add(bends, found, out=both[: len(A)])
-    torch.sub(bends, found, out=both[len(A) :])
-    return {0: both.unsqueeze(1)}, torch.cat([straight - loss, -straight - loss]).unsqueeze(1)
+    return {0: _both(found, bends).unsqueeze(1)}, torch.cat(
+        [straight - loss, -straight - loss]
+    ).unsqueeze(1)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:
