@@ -119,6 +119,12 @@ def test_train_compare_and_sweep(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
         "seed=0_lr=0.001", "seed=0_lr=0.01", "seed=1_lr=0.001", "seed=1_lr=0.01",
     ]  # fmt: skip
+    code, out, _ = run("sweep", "digits_standard", "--vary", "seed+batch=0+500,1+600", "--set", "epochs=1",
+                       "--run", tmp_path / "t")  # fmt: skip
+    assert code == 0
+    assert sorted(p.name for p in (tmp_path / "t").iterdir()) == [
+        "seed=0_batch=500", "seed=1_batch=600",
+    ]  # fmt: skip
     code, out, _ = run("compare", tmp_path / "a", tmp_path / "s" / "seed=0_lr=0.01")
     assert code == 0
     assert "objective:" in out
@@ -153,6 +159,11 @@ def test_the_catalogue_and_bad_arguments(run, tmp_path):
         (("train", "mnist_linf_0p1_ibp", "--data-dir", tmp_path), "no train-images"),
         (("train", "digits_pgd", "--json", tmp_path / "no" / "f"), "does not exist"),
         (("sweep", "digits_pgd", "--vary", "seed=0,x", "--run", tmp_path), "cannot read 'x'"),
+        (("sweep", "digits_pgd", "--vary", "seed+lr=0+1,2", "--run", tmp_path), "needs 2 values"),
+        (
+            ("sweep", "digits_pgd", "--vary", "seed+lr=0+1", "--vary", "lr=1", "--run", tmp_path),
+            "lr is given twice",
+        ),
     ):
         code, _, err = run(*arguments)
         assert code == 2

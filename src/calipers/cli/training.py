@@ -108,12 +108,7 @@ def sweep(
 ) -> bool:
     """One training for each combination, each in a folder of its own; finished ones are not repeated. As `train`."""
     fixed = _pairs("--set", settings)
-    choices = {key: text.split(",") for key, text in _pairs("--vary", vary).items()}
-    if not choices:
-        raise ValueError("--vary: name a setting and its values, such as --vary seed=0,1,2")
-    combined = [
-        dict(zip(choices, chosen, strict=True)) for chosen in itertools.product(*choices.values())
-    ]
+    combined = _combinations(_pairs("--vary", vary))
     runs = {
         " ".join(f"{k}={v}" for k, v in one.items()): build(recipe, {**fixed, **one})
         for one in combined
@@ -128,6 +123,33 @@ def sweep(
     if group().first:
         console().print(_table(rows))
     return False
+
+
+def _combinations(vary: Mapping[str, str]) -> list[dict[str, str]]:
+    """All combinations of the settings' values. Settings joined by + take their values together.
+
+    Raises:
+        ValueError: no setting, one named twice, or joined ones with another number of values.
+    """
+    if not vary:
+        raise ValueError("--vary: name a setting and its values, such as --vary seed=0,1,2")
+    choices = []
+    for joined, text in vary.items():
+        keys = joined.split("+")
+        rows = [one.split("+") if len(keys) > 1 else [one] for one in text.split(",")]
+        for row in rows:
+            if len(row) != len(keys):
+                raise ValueError(
+                    f"--vary: {joined} needs {len(keys)} values joined by +, not {'+'.join(row)!r}"
+                )
+        choices.append([dict(zip(keys, row, strict=True)) for row in rows])
+    names = [key for joined in vary for key in joined.split("+")]
+    for key in names:
+        if names.count(key) > 1:
+            raise ValueError(f"--vary: {key} is given twice")
+    return [
+        {k: v for one in chosen for k, v in one.items()} for chosen in itertools.product(*choices)
+    ]
 
 
 def fetch(name: str, folder: Path | None, source: str | None) -> None:

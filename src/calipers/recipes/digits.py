@@ -9,6 +9,7 @@ from typing import Any
 
 from calipers.attacks import pgd as attack
 from calipers.bounds import crown, interval
+from calipers.recipes.choices import bounded
 from calipers.sets import ThreatModel
 from calipers.training import objectives
 from calipers.training.initialise import ibp_initialise
@@ -129,15 +130,23 @@ def digits_free(
 
 
 def digits_ibp(
-    *, epochs: int = 60, batch: int = 64, lr: float = 5e-3, weight: float = 0.7, seed: int = 0
+    *,
+    epochs: int = 60,
+    batch: int = 64,
+    lr: float = 5e-3,
+    weight: float = 0.7,
+    width: int = 64,
+    bound: str = "interval",
+    seed: int = 0,
 ) -> Run:
     """Certified by interval bounds: fast initialisation, smooth ramp, no regulariser needed at this size."""
     return _certified(
         "digits_ibp",
-        partial(objectives.ibp, weight=weight),
+        partial(bounded(bound), weight=weight),
         epochs=epochs,
         batch=batch,
         lr=lr,
+        model=partial(mlp, 64, width, width // 2, 10),
         seed=seed,
     )
 

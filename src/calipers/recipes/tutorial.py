@@ -60,9 +60,13 @@ def tutorial_pgd(
     step_size: float = 0.1,
     random_start: bool = False,
     weight: float = 1.0,
+    precision: str | None = None,
     seed: int = 0,
 ) -> Run:
-    """The tutorial's adversarial training, 20 steps of PGD; weight < 1 mixes the clean loss in."""
+    """The tutorial's adversarial training, 20 steps of PGD; weight < 1 mixes the clean loss in.
+
+    precision=bfloat16 runs the attack alone in it: a third of the time on a processor that has it.
+    """
     return Run(
         name="tutorial_pgd",
         data="mnist",
@@ -74,6 +78,7 @@ def tutorial_pgd(
             step_size=step_size,
             random_start=random_start,
             weight=weight,
+            precision=precision,
         ),
         eps=constant(EPS),
         lr=multistep(lr, 5, factor=0.1),
@@ -82,9 +87,9 @@ def tutorial_pgd(
         optimiser=SGD,
         attack=PGD_20,
         seed=seed,
-        minutes=111,
-        hardware=ESTIMATED,
-        expected=".0085 clean error, .0283 under PGD-20 (published)",
+        minutes=36,
+        hardware="one CPU core that has bfloat16, with precision=bfloat16 (about 85 in float32, estimated)",
+        expected=".0087 clean error, .0308 under PGD-20 (published: .0085, .0283)",
         reference=REFERENCE,
     )
 

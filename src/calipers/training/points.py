@@ -35,8 +35,10 @@ def uniform(seeds: Tensor, like: Tensor, purpose: int = 0) -> Tensor:
     state = mixed(seeds.to(like.device), purpose).unsqueeze(1)
     half = (count + 1) // 2
     bits = mixed(state, torch.arange(half, device=like.device))  # 63 of them: two numbers of 24
-    pair = torch.cat([bits >> 39, (bits >> 15) & 0xFFFFFF], 1)[:, :count]
-    return pair.to(like.dtype).mul_(2.0**-24).view_as(like)
+    drawn = like.new_empty(len(like), count)
+    drawn[:, :half] = bits >> 39
+    drawn[:, half:] = (bits[:, : count - half] >> 15) & 0xFFFFFF
+    return drawn.mul_(2.0**-24).view(like.shape)
 
 
 def normal(seeds: Tensor, like: Tensor, purpose: int = 0) -> Tensor:

@@ -83,7 +83,10 @@ def sweep(
     ],
     vary: Annotated[
         list[str],
-        typer.Option(metavar="KEY=A,B,...", help="A setting and its values; may be repeated."),
+        typer.Option(
+            metavar="KEY=A,B,...",
+            help="A setting and its values; may be repeated. KEY+KEY=A+B,C+D: two that change together.",
+        ),
     ],
     run: Annotated[Path, typer.Option(metavar="DIR", help="Keep a folder for each training here.")],
     settings: Settings = None,
