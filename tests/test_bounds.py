@@ -19,14 +19,16 @@ from torch import Tensor, nn
 import networks
 import rationals
 from calipers import bound as api_bound
-from calipers.bounds import crown, crown_ibp, interval, preactivations
+from calipers.bounds import crown, crown_ibp, interval, ladder, linear, preactivations
+from calipers.bounds.interval import propagate
+from calipers.bounds.state import start
 from calipers.bracket import Bracket, Evidence, Verdict
 from calipers.errors import UnsupportedOp
 from calipers.graph import primitives as prim
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network, concrete, walk
 from calipers.graph.graph import bind as bind_values
-from calipers.ops import OPS, register
+from calipers.ops import OPS, Affine, register
 from calipers.sets import Interval, Region, ThreatModel
 from calipers.spec import Spec
 from calipers.work import counting
@@ -684,3 +686,44 @@ def test_work_is_counted_in_passes() -> None:
     with counting() as work:
         interval(network, region[:2], spec[:2])
     assert work.passes / 2 == spent["interval"]
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "residual", "leaky", "leaky_negative", "abs"])
+def test_the_side_that_settles_a_neuron_is_enough(name: str, monkeypatch) -> None:
+    """CROWN that bounds both sides of every neuron finds the same."""
+    network = ARCHITECTURES[name](5)
+    x = networks.inputs(network, 3, 5).double() * 0.5 + 0.25
+    region, spec = Region.ball(x, 0.1, INF, -1.0, 2.0), Spec.label(torch.tensor([0, 1, 2]), 3)
+    found = crown(network, region, spec, dtype=F64)
+    monkeypatch.setattr(ladder, "kink_of", lambda *_: None)
+    both = crown(network, region, spec, dtype=F64)
+    assert (found - both).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("rigorous", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "conv", "residual", "sigmoid"])
+def test_one_side_is_the_same_side(name: str, rigorous: bool) -> None:
+    network = ARCHITECTURES[name](5)
+    x = networks.inputs(network, 2, 5).double() * 0.5 + 0.25
+    state = start(
+        network,
+        Region.ball(x, 0.1, INF, -1.0, 2.0),
+        dtype=F64,
+        rigorous=rigorous,
+        memory=None,
+        statistics=None,
+    )
+    propagate(state)
+    for step in state.facts.steps:
+        if isinstance(step.kind, Affine) or step.reads[0] in network.graph.inputs:
+            continue
+        count = math.prod(state.shape(step.reads[0]))
+        index = torch.arange(count).unsqueeze(1).expand(-1, 2)
+        both = linear.both_bounds(state, step.reads[0], index)
+        sides = [
+            linear.side_bounds(state, step.reads[0], index, kink=0.0, second=second)
+            for second in (False, True)
+        ]
+        assert (torch.maximum(sides[0].lower, sides[1].lower) - both.lower).abs().max() <= 1e-9
+        assert (torch.minimum(sides[0].upper, sides[1].upper) - both.upper).abs().max() <= 1e-9
+        assert (torch.isinf(sides[0].lower) != torch.isinf(sides[0].upper)).all()

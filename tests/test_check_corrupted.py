@@ -260,6 +260,12 @@ def test_bombs_take_neither_time_nor_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 24
+    tracemalloc.start()
+    check(
+        true.write(arrays), true.network, true.prop
+    )  # the largest size allowed is not asked for at once
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
     true.network.write_bytes(bomb)
     with pytest.raises(Unusable, match="more than"):
         check(true.write(arrays), true.network, true.prop, max_bytes=1 << 20)

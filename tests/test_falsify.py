@@ -108,12 +108,15 @@ def test_corners_are_the_minimisers_of_affine_models() -> None:
     x = torch.rand(4, 6, dtype=F64)
     captured = capture(net, x[:2])
     region, spec = ThreatModel(INF, 0.2).around(x), Spec.label(torch.tensor([0, 1, 2, 0]), 3)
-    (points, rows, clause), *_ = list(corners(captured, region, spec))
-    assert region[rows].contains(points).all()
-    with torch.no_grad():
-        values = spec[rows].values(net(points)).gather(1, clause.unsqueeze(1)).squeeze(1)
-    bounds = crown(captured, region, spec)[rows].gather(1, clause.unsqueeze(1)).squeeze(1)
-    torch.testing.assert_close(values, bounds.detach(), rtol=1e-9, atol=1e-9)
+    bounds = crown(captured, region, spec).detach()
+    batches = list(corners(captured, region, spec))
+    assert len(batches) == 2
+    for points, rows, clause in batches:
+        assert region[rows].contains(points).all()
+        with torch.no_grad():
+            values = spec[rows].values(net(points)).gather(1, clause.unsqueeze(1)).squeeze(1)
+        expected = bounds[rows].gather(1, clause.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9)
     ball = ThreatModel(2, 0.2).around(x)
     with pytest.raises(ValueError, match="need a box"):
         next(corners(captured, ball, spec))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from calipers.evaluate import strict
 from calipers.evaluate.queries import read
 from calipers.evaluate.strict import Certified, decide_strictly
 from calipers.evaluate.verify import Decision
@@ -54,6 +55,20 @@ def test_linear_functions_have_their_closed_form(tmp_path: Path, over: float) ->
     found, made = decided(tmp_path, linear, text("-0.5", "0.5", f"(>= Y_0 {top + over:.12f})"))
     assert found.verdict == ("unsat" if over > 0 else "sat")
     assert (made is not None and made.accepted) == (over > 0)
+
+
+@pytest.mark.parametrize("piecewise", [True, False])
+def test_a_refused_certificate_counts_where_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piecewise: bool
+) -> None:
+    """Rigorous arithmetic is what an answer about smooth activations rests on."""
+    monkeypatch.setattr(strict, "checked", lambda *_: "its rows do not suffice")
+    monkeypatch.setattr(strict, "coverable", lambda *_: piecewise)
+    found, made = decided(tmp_path, DIAMOND, text("-1.0", "1.0", "(>= Y_0 2.5)"))
+    assert made is not None
+    assert not made.accepted
+    assert found.verdict == ("unknown" if piecewise else "unsat")
+    assert "its rows do not suffice" in " ".join([found.reason, *found.notes])
 
 
 @pytest.mark.parametrize("kind", ["real", "float32"])

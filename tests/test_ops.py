@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import contract
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Graph, Node, Ref
 from calipers.ops import OPS, Activation, Affine, Bilinear, Extremum, kind_of, register
 from calipers.ops.activations import CURVES
+from calipers.sets import Interval
 from contract import Case, Const, In
 
 Y = {"positive": True}
@@ -348,3 +351,55 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, node = one_op(torch.tan, Ref("x"))
     register(torch.tan, OPS[torch.neg])
     assert kind_of(graph, node) is OPS[torch.neg]
+
+
+# -- waves ----------------------------------------------------------------------------------------------------
+
+
+def hull_at_the_middle(f: Any, l: float, u: float) -> tuple[float, float]:
+    """The convex and the concave hull of f on [l, u], from 2,001 points, by scipy's linear programming in two unknowns:
+    the line above all points that is lowest at the middle."""
+    linprog = pytest.importorskip("scipy.optimize").linprog
+    z = np.linspace(l, u, 2001)
+    middle, y = (l + u) / 2, f(z)
+    heights = []
+    for sign in (-1, 1):  # a·(z − middle) + b >= sign·y, b least
+        rows = np.stack([middle - z, -np.ones_like(z)], 1)
+        found = linprog([0, 1], A_ub=rows, b_ub=-sign * y, bounds=(None, None))
+        heights.append(sign * found.fun)
+    return heights[0], heights[1]
+
+
+WIDE = [(-1.0, 2.5), (0.2, 4.0), (-4.0, 1.0), (2.0, 7.5), (-3.0, 3.5), (0.5, 9.0), (100.0, 103.9)]
+
+
+@pytest.mark.parametrize(("op", "f"), [(torch.sin, np.sin), (torch.cos, np.cos)])
+def test_lines_of_waves_touch_the_hull_at_the_middle_of_any_interval(op: Any, f: Any) -> None:
+    kind: Any = OPS[op]
+    ends = torch.tensor(WIDE, dtype=torch.float64)
+    box = Interval(ends[:, 0], ends[:, 1])
+    lines, image = kind.relax(box), kind.image(box)
+    middle = ends.mean(1)
+    low = lines.lower_slope * middle + lines.lower_offset
+    high = lines.upper_slope * middle + lines.upper_offset
+    better = 0
+    for i, (l, u) in enumerate(WIDE):
+        below, above = hull_at_the_middle(f, l, u)
+        assert abs(low[i] - below) <= 1e-5
+        assert abs(high[i] - above) <= 1e-5
+        better += (low[i] > image.lower[i] + 0.1) + (high[i] < image.upper[i] - 0.1)
+    assert better >= 4  # than constants, of which the hull has some
+
+
+@pytest.mark.parametrize("op", [torch.sin, torch.cos])
+def test_gradients_of_wide_lines(op: Any) -> None:
+    kind: Any = OPS[op]
+    ends = torch.tensor([w for w in WIDE if w[1] - w[0] < 6], dtype=torch.float64)
+    leaves = [ends[:, i].clone().requires_grad_() for i in (0, 1)]
+    share = torch.full_like(leaves[0], 0.45).requires_grad_()
+
+    def lines(l: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kind.tuned.lines(Interval(l, u), s, s))
+
+    assert torch.autograd.gradcheck(lines, (*leaves, share))
+    assert torch.autograd.gradcheck(lambda l, u: tuple(kind.relax(Interval(l, u))), tuple(leaves))

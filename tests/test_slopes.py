@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import networks
 from calipers.bounds import BOUNDS, alpha_crown, crown, dual, preactivations
-from calipers.bounds.slopes import Choice, OwnLines, ascend
+from calipers.bounds.slopes import Choice, Log, OwnLines, _optimised, _with_gradients, ascend
+from calipers.bounds.state import State, start
 from calipers.graph.graph import Network
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
@@ -115,6 +117,85 @@ def test_no_step_is_crown() -> None:
     network = networks.mlp(2)
     region, spec = wide(network)
     assert torch.equal(alpha_crown(network, region, spec, steps=0), crown(network, region, spec))
+
+
+DIFFERENTIABLE = ["mlp", "conv", "residual", "sigmoid", "clamp", "mixed"]
+
+
+def perturbed(network: Network) -> tuple[list[Tensor], Callable[..., tuple[Region, Spec]]]:
+    """The centre, the first and the last parameter; and a problem with them replaced."""
+    module: Any = network.module.double()
+    names = [n for n in network.graph.params if getattr(module, n).is_floating_point()]
+    x = networks.inputs(network, 3, 1).double() * 0.5 + 0.25
+
+    def problem(center: Tensor, *values: Tensor) -> tuple[Region, Spec]:
+        for name, value in zip((names[0], names[-1]), values, strict=True):
+            setattr(module, name, value)
+        return Region.ball(center, 0.2, INF, -1.0, 2.0), Spec.label(torch.arange(3) % 3, 3)
+
+    return [x, *(getattr(module, n).detach() for n in (names[0], names[-1]))], problem
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_are_those_of_the_bound_under_the_lines_found(name: str) -> None:
+    network = networks.ARCHITECTURES[name](3)
+    given, problem = perturbed(network)
+    log = Log()
+    settings = {"steps": 4, "intermediate_steps": 3, "share": 0.9, "stop": True}
+
+    def begun(*values: Tensor) -> tuple[State, Spec]:
+        region, spec = problem(*values)
+        options = {"dtype": F64, "rigorous": False, "memory": None, "statistics": None}
+        return start(network, region, **options), spec  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        _optimised(*begun(*given), **settings, log=log)  # type: ignore[arg-type]
+    assert log.lines
+
+    def fixed(*values: Tensor) -> Tensor:
+        return _with_gradients(*begun(*values), copy(log)).sum()
+
+    def copy(log: Log) -> Log:
+        return Log(log.wanted, log.values, list(log.lines))
+
+    leaves = [v.clone().requires_grad_() for v in given]
+    bound = alpha_crown(network, *problem(*leaves), **settings)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert (bound - alpha_crown(network, *problem(*given), **settings)).abs().max() < 1e-9  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(bound.sum(), leaves)
+    generator = torch.Generator().manual_seed(1)
+    for i, gradient in enumerate(gradients):
+        direction = torch.randn(given[i].shape, generator=generator, dtype=F64)
+        errors = []
+        for step in (1e-5, 1e-6, 1e-7):
+            ends = []
+            for sign in (1, -1):
+                moved = [v.clone() for v in given]
+                moved[i] += sign * step * direction
+                with torch.no_grad():
+                    ends.append(fixed(*moved))
+            slope = (ends[0] - ends[1]).item() / (2 * step)
+            errors.append(abs(slope - (gradient * direction).sum().item()) / (1 + abs(slope)))
+        assert min(errors) <= 1e-6, (i, errors)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_are_those_of_the_optimised_bound(seed: int) -> None:
+    """The optimum's own derivative, lines moving: one neuron's best line is an end of its range, found exactly."""
+    network = networks.mlp(seed, (2, 1, 3))
+    given, problem = perturbed(network)
+    settings: dict[str, Any] = {"steps": 8, "intermediate_steps": 0, "stop": False}
+    leaves = [v.clone().requires_grad_() for v in given]
+    bound = alpha_crown(network, *problem(*leaves), **settings).sum()
+    gradients = torch.autograd.grad(bound, leaves)
+    direction = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    ends = []
+    for sign in (1, -1):
+        moved = [given[0] + sign * 1e-6 * direction, *given[1:]]
+        with torch.no_grad():
+            ends.append(alpha_crown(network, *problem(*moved), **settings).sum())
+    slope = (ends[0] - ends[1]).item() / 2e-6
+    assert abs(slope - (gradients[0] * direction).sum().item()) <= 1e-6 * (1 + abs(slope))
 
 
 @pytest.mark.parametrize("bad", [{"steps": -1}, {"intermediate_steps": -1}, {"share": 2.0}])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,13 +20,15 @@ from torch import Tensor
 from calipers.errors import SolverError
 from calipers.evaluate import solvers, verify
 from calipers.evaluate.limits import TimeIsUp, alarm
+from calipers.evaluate.replay import replay_assignment
 from calipers.evaluate.solvers import Entry, problem
 from calipers.evaluate.verify import Decision, decide
 from calipers.exact import Outcome
 from calipers.graph.graph import Network
+from calipers.graph.onnx import load_onnx
 from calipers.vnnlib import Query, loads
 from networks import Builder, mlp
-from queries import ANSWERS, HEAD, SECOND, diamond, norm, text
+from queries import ANSWERS, HEAD, SECOND, diamond, norm, text, write_network
 
 Square = tuple[Path, Network]
 
@@ -87,6 +91,38 @@ def test_a_bound_between_two_numbers(square: Square) -> None:
     assert (found.verdict, found.rounded) == ("sat", True)
     assert ask(square, at, exact=True, seconds=2).verdict in ("unknown", "timed-out")
     assert not ask(square, text("-1", "1", "(>= Y_0 1.5)")).rounded
+
+
+def replayed(network: Network, at: Query, found: Decision, folder: Path) -> tuple[str, str]:
+    """The text of a witness, and its class."""
+    written = found.counterexample(at)
+    (folder / "c.txt").write_text(f"sat\n{written}")
+    return written, replay_assignment(folder / "c.txt", at, network)[0].verdict
+
+
+def test_the_text_of_such_a_witness_is_inside_the_exact_set(square: Square, tmp_path: Path) -> None:
+    network = square[1]
+    sides = "(assert (= X_0 0.1))(assert (>= X_1 0.30000000001))(assert (<= X_1 0.30000000002))"
+    at = query(network, f"{HEAD}{sides}(assert (>= Y_0 0.35))")
+    found = decide(network, at, seconds=10.0)
+    written, verdict = replayed(network, at, found, tmp_path)
+    assert (found.verdict, verdict) == ("sat", "strict")
+    first, second = (Fraction(v) for v in re.findall(r"\(X_. ([^)]*)\)", written))
+    assert first == Fraction("0.1")
+    assert Fraction("0.30000000001") <= second <= Fraction("0.30000000002")
+    assert found.x is not None
+    assert found.x.flatten().tolist() == [float(np.float32(0.1)), float(np.float32(0.3))]
+
+
+def test_a_witness_that_only_rounding_makes_is_not_strict(tmp_path: Path) -> None:
+    """Y_0 = X_0 − float32(0.1) is 0 where the network is run, and negative at 0.1."""
+    layer = [[1.0, 0.0], [0.0, 1.0]], [-float(np.float32(0.1)), 0.0]
+    network = load_onnx(write_network(tmp_path / "net.onnx", [layer]))
+    sides = "(assert (= X_0 0.1))(assert (>= X_1 0))(assert (<= X_1 1))"
+    at = query(network, f"{HEAD}{sides}(assert (>= Y_0 0))")
+    found = decide(network, at, seconds=10.0)
+    assert (found.verdict, found.rounded, found.decimals) == ("sat", True, None)
+    assert replayed(network, at, found, tmp_path)[1] == "tolerant"
 
 
 def test_many_boxes(square: Square) -> None:
@@ -320,6 +356,18 @@ def test_verdicts_agree_with_samples(seed: int, op: str, eighths: int) -> None:
 
 
 # -- alarms ------------------------------------------------------------------------------------------------------
+
+
+def test_an_alarm_lets_an_import_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slowly_imported.py").write_text(
+        "import time\nend = time.perf_counter() + 0.3\nwhile time.perf_counter() < end: pass\nwhole = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TimeIsUp), alarm(time.perf_counter() + 0.1):  # noqa: PT012 - it rings after the import
+        import slowly_imported
+
+        time.sleep(5)
+    assert slowly_imported.whole == 1
 
 
 def test_an_alarm_rings_and_leaves_an_earlier_timer_as_it_was() -> None:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calipers.errors import RegionError, SpecError
+from calipers.errors import NoInputs, RegionError, SpecError
 from calipers.spec import Spec
 from calipers.vnnlib import (
     Query,
@@ -567,7 +567,7 @@ def test_foreign_assignments_are_read(text: str, tmp_path: Path) -> None:
         ("", "holds no assignment"), ("unsat", "cannot read 'unsat'"), ("((X_0 nan))", "cannot read"),
         ("((X_0 1) (X_0 2))", "X_0 stands there twice"), ("((X_1 1))", "X_0 is missing, but X_1"),
         ("((Y_0 1))", "holds no X_0"), ("((X_0 1e999))", "no finite number"),
-        ("((X_0 1) hello)", "cannot read 'hello'"),
+        ("((X_0 1) hello)", "cannot read 'hello'"), ("((X_0 1e-9999))", "too many digits"),
         ("X float32 [2]\n1", "X has 1 of its 2 numbers"), ("X float32 [1]\nnan", "no finite number"),
         ("X float32 [1]\n1\n2", "cannot read '2'"), ("X float32 [1]\n1\nX float32 [1]\n1", "each once"),
     ],
@@ -585,6 +585,48 @@ def test_what_cannot_be_written() -> None:
     for bad in (torch.zeros(3), torch.tensor([1.0, math.nan])):
         with pytest.raises(ValueError, match="Y must be 2 finite numbers"):
             format_assignment(both, {"X": torch.zeros(1), "Y": bad})
+
+
+TENTH = float(np.float32(0.1))  # above 0.1, and the nearest float32 of all that is nearer than 3e-9
+EQUAL = "(assert (= X_0 0.1))"
+
+
+@pytest.mark.parametrize(
+    ("sides", "y", "written"),
+    [
+        (EQUAL, 0, "0.1"),
+        ("(assert (<= X_0 0.1))(assert (>= 0.1 X_0))(assert (>= X_0 0.1))", 0, "0.1"),
+        ("(assert (>= X_0 0.1000000016))(assert (<= X_0 0.1000000017))", 0, "0.1000000016"),
+        ("(assert (>= X_0 0.1000000016))(assert (>= X_0 0.1000000018))", 0, "0.1000000018"),
+        ("(assert (>= X_0 0.1000000018))(assert (>= X_0 0.1000000016))", 0, "0.1000000018"),
+        ("(assert (or (and (= X_0 0.3)) (and (= X_0 0.1)) (and (= X_0 0.1000000001))))", 0, "0.1"),
+        ("(assert (or (and (= X_0 0.1000000001) (>= Y_0 1)) (and (= X_0 0.1))))", 0, "0.1"),
+        ("(assert (or (and (= X_0 0.1000000001) (>= Y_0 1)) (and (= X_0 0.1))))", 1, "0.1000000001"),
+        ("(assert (>= X_0 0.1))", 0, repr(TENTH)),  # nothing is in the way
+        ("(assert (<= X_0 0.09))", 0, None),  # too far away
+        ("(assert (> X_0 0.1000000016))", 0, None),  # its end is not inside
+        ("(assert (>= X_0 0.1000000017))(assert (<= X_0 0.1000000016))", 0, None),
+        (f"{EQUAL}(assert (>= Y_0 1))", 0, None),
+    ],
+)  # fmt: skip
+def test_decimals_that_are_inside_where_no_float32_is(
+    sides: str, y: float, written: str | None
+) -> None:
+    text = UNIT.replace("(assert (<= X_0 1))", "(assert (<= X_0 1))" + sides)
+    try:
+        query = loads(text, dtype=torch.float32)
+    except NoInputs:
+        assert written is None
+        return
+    x, y_ = torch.tensor([[TENTH]]), torch.tensor([[y, 0.0]])
+    found = query.decimals(x, y_)
+    assert (found and [str(v) for v in found]) == (written and [written])
+    if found:
+        assert query.holds(found, y_)
+        assert np.float32(float(found[0])) == TENTH
+        values = {"X": found, "Y": y_}
+        read = parse_assignment(format_assignment((query.input, query.output), values))
+        assert read["X"].float().tolist() == [TENTH]
 
 
 # -- instances and real files ---------------------------------------------------------------------------------

@@ -417,7 +417,8 @@ class Region:
     def maximizer(self, a: Tensor) -> Tensor:
         """A member that maximises ⟨a, x⟩, for ``a`` of shape (B, *x), in the dtype of ``a``; the centre where a = 0.
 
-        Exact; on a grid for p = 2 nearly so (a knapsack problem).
+        A region of one example serves any number of rows ``a``, unless it has a grid. Exact; on a grid for p = 2 nearly
+        so (a knapsack problem).
         """
         if self.levels is not None:
             return self.levels.numbers(self.levels.maximizer(a), a.dtype)

@@ -444,6 +444,8 @@ class Engine:
         if self.sharp[value] and self.ball is None:
             return
         owner, element = np.nonzero(self.free(k, view))
+        order = np.lexsort((self.network.nearby(value)[element], owner))
+        owner, element = owner[order], element[order]
         for part in self.chunks(len(owner), 2):
             at, e = owner[part], element[part]
             self.improve(view, k, np.tile(at, 2), np.tile(e, 2), np.repeat([1.0, -1.0], len(at)))

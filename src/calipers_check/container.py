@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from calipers_check.errors import Refused, Unusable
 
 MAX_BYTES = 1 << 31  # of a file, decompressed
 MAX_HEADER = 1 << 26
+CHUNK = 1 << 20
 MAX_MEMBERS = 100  # of a gzip file
 DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
@@ -35,12 +36,21 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = _read(file, limit + 1)
     except OSError as error:
         raise Unusable(f"{path}: {error.strerror}") from None
     if len(data) > limit:
         raise Refused(f"{path.name}: more than {limit} bytes")
     return _gunzipped(data, limit, path.name) if data[:2] == b"\x1f\x8b" else data
+
+
+def _read(file: BinaryIO, limit: int) -> bytes:
+    """At most ``limit`` bytes; asked for at once they would be allocated at once."""
+    parts: list[bytes] = []
+    while limit > 0 and (part := file.read(min(limit, CHUNK))):
+        parts.append(part)
+        limit -= len(part)
+    return b"".join(parts)
 
 
 def _gunzipped(data: bytes, limit: int, name: str) -> bytes:

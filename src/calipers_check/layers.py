@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
+TILE = 4  # places of an image, in both directions, whose rows are worked on together
 RATIONAL = np.frompyfunc(Fraction, 1, 1)
 
 
@@ -176,23 +177,39 @@ class Conv(Affine):
         return self._apply(x, np.abs(self.weight))
 
     def back(self, j: int, A: Array) -> Array:
-        n, g = len(A), self.groups
-        matrix = self.weight.reshape(g, len(self.weight) // g, -1)
+        n, g, (_, height, width) = len(A), self.groups, self.weight.shape[1:]
         A = A.reshape(n, *self.out)
-        used = (A != 0).any((0, 1))  # rows of few neurons see a part of the image alone
+        used = (A != 0).any((0, 1))  # rows of neighbours see a part of the image alone
         (top, bottom), (left, right) = (_span(used.any(1 - axis)) for axis in (0, 1))
-        A = A[:, :, top:bottom, left:right]
-        patches = matrix.swapaxes(1, 2) @ A.reshape(n, g, matrix.shape[1], -1)
-        patches = patches.reshape(n, self.shape[0], -1, *A.shape[2:])
-        wide = np.zeros((n, *self._padded()), dtype=A.dtype)
-        for p, (_, _, rows, columns) in enumerate(self._windows()):
-            part = _slice(rows[top:bottom]), _slice(columns[left:right])
-            wide[:, :, *part] += patches[:, :, p]
-        return wide[:, :, *self._inner()].reshape(n, -1)
+        h, w = bottom - top, right - left
+        rows = A[:, :, top:bottom, left:right].reshape(n, g, -1, h * w)
+        weight = self.weight.reshape(g, rows.shape[2], -1, height, width)
+        (down, across), (deep, far) = self.stride, self.dilation
+        spans = down * (h - 1) + 1, across * (w - 1) + 1
+        sizes = spans[0] + deep * (height - 1), spans[1] + far * (width - 1)
+        part = np.zeros((n, self.shape[0], *sizes), dtype=A.dtype)
+        for i in range(height):
+            for k in range(width):
+                more = weight[..., i, k].swapaxes(1, 2) @ rows
+                y, x = (slice(a, a + n) for a, n in zip((i * deep, k * far), spans, strict=True))
+                part[:, :, y, x][..., ::down, ::across] += more.reshape(n, -1, h, w)
+        found = np.zeros((n, *self.shape), dtype=A.dtype)
+        first = down * top - self.pad[0], across * left - self.pad[1]
+        cuts = [
+            _overlap(f, m, size) for f, m, size in zip(first, sizes, self.shape[1:], strict=True)
+        ]
+        found[:, :, *(there for there, _ in cuts)] = part[:, :, *(here for _, here in cuts)]
+        return found.reshape(n, -1)
 
 
 def _slice(places: range) -> slice:
     return slice(places.start, places.stop, places.step)
+
+
+def _overlap(first: int, count: int, size: int) -> tuple[slice, slice]:
+    """Of ``count`` places from ``first`` on those among ``size``, and where they are among the ``count``."""
+    begin, end = max(first, 0), max(min(first + count, size), 0)
+    return slice(begin, end), slice(begin - first, max(end, begin) - first)
 
 
 def _span(used: Array) -> tuple[int, int]:
@@ -324,6 +341,19 @@ class Network:
     def sizes(self) -> list[int]:
         """How many numbers each value has."""
         return [self.inputs, *(step.size for step in self.steps)]
+
+    def nearby(self, value: int) -> Array:
+        """Each element's place in an order in which neighbours in an image follow each other, tile by tile."""
+        size, v = self.sizes[value], value
+        while v > 0:  # back to the convolution whose image it still is
+            step = self.steps[v - 1]
+            if isinstance(step, Conv) or step.size != size:
+                break
+            v = step.sources[0]
+        if not v or not isinstance(step, Conv) or step.size != size:
+            return np.arange(size)
+        channel, y, x = np.indices(step.out).reshape(3, -1)
+        return np.argsort(np.lexsort((channel, x, y, x // TILE, y // TILE)))
 
     @property
     def broadest(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from itertools import product
 from typing import Any, NamedTuple
@@ -18,7 +20,10 @@ MAX_DEPTH = 100
 MAX_DISJUNCTS = 100_000
 MAX_VARIABLES = 10**7
 MAX_NUMBERS = 1 << 27
-_TOKEN = re.compile(r";[^\n]*+|[()]|[^\s()\[\];]*+\[[^\]()]*+\]|[^\s()\[\];]++", re.ASCII)
+_TOKEN = re.compile(  # a comment, a form of words alone, a parenthesis, an entry of a tensor, a word
+    r"\s*+(;[^\n]*+|\((?:[\w.<>=+*-]++\s*+)++\)|[()]|[^\s()\[\];]*+\[[^\]()]*+\]|[^\s()\[\];]++)",
+    re.ASCII,
+)
 _NUMBER = re.compile(
     r"[+-]?(?:\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})(?:[eE][+-]?\d{1,3})?", re.ASCII
 )
@@ -27,6 +32,7 @@ _ENTRY = re.compile(r"(\w+)\s*\[([\s\d,]*)\]", re.ASCII)
 _RELATIONS = {"<=": (1,), "<": (1,), ">=": (-1,), ">": (-1,), "=": (1, -1), "==": (1, -1)}
 
 Number = Fraction | int  # exact; most coefficients are 1
+End = Number | Decimal  # exact too, where nothing is computed: comparisons do not round
 Form = dict[int, Number]  # coefficients of variables: inputs i, outputs ~j
 
 
@@ -80,24 +86,26 @@ def _forms(text: str) -> Iterable[list[Any]]:
     at = 0
     for match in _TOKEN.finditer(text):
         start, end = match.span()
-        if start > at and not text[at:start].isspace():
+        if start > at:
             raise Unusable(f"property: cannot read {text[at:start].strip()[:40]!r}")
-        at, word = end, match.group()
+        at, word = end, match[1]
+        if word[0] == ";":
+            continue
         if word == "(":
             stack.append([])
             if len(stack) > MAX_DEPTH:
                 raise Unusable(f"property: nested more than {MAX_DEPTH} deep")
-        elif word == ")":
-            if not stack:
+        elif word[-1] == ")":
+            if word == ")" and not stack:
                 raise Unusable("property: a closing parenthesis too many")
-            form = stack.pop()
+            form = stack.pop() if word == ")" else word[1:-1].split()
             if stack:
                 stack[-1].append(form)
             else:
                 yield form
-        elif not word.startswith(";"):
-            if not stack:
-                raise Unusable(f"property: {word[:40]!r} outside of parentheses")
+        elif not stack:
+            raise Unusable(f"property: {word[:40]!r} outside of parentheses")
+        else:
             stack[-1].append(word)
     if stack or text[at:].strip():
         raise Unusable("property: the text ends inside a form")
@@ -108,7 +116,7 @@ class _Query:
 
     def __init__(self) -> None:
         self.tensors: dict[str, _Tensor] = {}
-        self.flat = {"X": 0, "Y": 0}
+        self.flat: dict[str, int] = {}  # X_i: i, Y_j: ~j
         self.plain: list[Any] = []
         self.choices: list[list[list[Any]]] = []
 
@@ -120,9 +128,9 @@ class _Query:
                 match = _FLAT.fullmatch(name)
                 if match is None or self.tensors:
                     raise Unusable(f"property: variable {name[:40]!r} is neither X_i nor Y_j")
-                self.flat[match[1]] = max(self.flat[match[1]], int(match[2]) + 1)
+                self.flat[name] = int(match[2]) if match[1] == "X" else ~int(match[2])
             case ["declare-network", str(), *declarations]:
-                if self.tensors or any(self.flat.values()):
+                if self.tensors or self.flat:
                     raise Unusable("property: more than one network")
                 for declaration in declarations:
                     self.declare(declaration)
@@ -183,10 +191,9 @@ class _Query:
         raise Unusable(f"property: cannot read the term {str(term)[:60]}")
 
     def variable(self, name: str) -> int:
-        if match := _FLAT.fullmatch(name):
-            if int(match[2]) < self.flat[match[1]]:
-                return int(match[2]) if match[1] == "X" else ~int(match[2])
-        elif (match := _ENTRY.fullmatch(name)) and match[1] in self.tensors:
+        if name in self.flat:
+            return self.flat[name]
+        if (match := _ENTRY.fullmatch(name)) and match[1] in self.tensors:
             tensor = self.tensors[match[1]]
             place = _places(match[2])
             if len(place) == len(tensor.shape) and all(
@@ -202,7 +209,8 @@ class _Query:
 
     def count(self, role: str, letter: str) -> int:
         sizes = [math.prod(t.shape) for t in self.tensors.values() if t.role == role]
-        found = sizes[0] if sizes else self.flat[letter]
+        numbers = [v if letter == "X" else ~v for v in self.flat.values()]
+        found = sizes[0] if sizes else max(numbers, default=-1) + 1
         if not 0 < found <= MAX_VARIABLES:
             raise Unusable(f"property: {found} variables {letter}")
         return found
@@ -245,6 +253,10 @@ class _Query:
         part = _Part(rows=list(base.rows))
         for relation in relations:
             match relation:
+                case ["<=" | ">=" as op, str(name), str(number)] if self.flat.get(
+                    name, -1
+                ) >= 0 and _NUMBER.fullmatch(number):  # most of a text
+                    part.bound(self.flat[name], Decimal(number), op == "<=", base)
                 case [str(op), left, right] if op in _RELATIONS:
                     form = _minus(self.linear(left), self.linear(right))
                     for sign in _RELATIONS[op]:
@@ -258,8 +270,8 @@ class _Query:
 class _Part:
     """A conjunction: exact bounds of single inputs, functionals that are <= 0, and whether it is plainly false."""
 
-    low: dict[int, Number] = field(default_factory=dict)
-    high: dict[int, Number] = field(default_factory=dict)
+    low: dict[int, End] = field(default_factory=dict)
+    high: dict[int, End] = field(default_factory=dict)
     rows: list[Linear] = field(default_factory=list)
     false: bool = False
 
@@ -273,13 +285,17 @@ class _Part:
         elif len(terms) == 1:
             ((i, c),) = terms.items()
             end = -form.constant * c if c in (1, -1) else Fraction(-form.constant) / c
-            ends, others = (self.high, base.high) if c > 0 else (self.low, base.low)
-            old = ends.get(i, others.get(i))
-            if old is None or (end < old) == (c > 0):
-                ends[i] = end
-            elif i not in ends:
-                ends[i] = old
+            self.bound(i, end, c > 0, base)
         # what relates several inputs, or inputs and outputs, is left out: that makes more points unsafe
+
+    def bound(self, i: int, end: End, above: bool, base: _Part) -> None:
+        """Input i is at most ``end`` (``above``), or at least."""
+        ends, others = (self.high, base.high) if above else (self.low, base.low)
+        old = ends.get(i, others.get(i))
+        if old is None or (end < old) == above:
+            ends[i] = end
+        elif i not in ends:
+            ends[i] = old
 
     def contradicts(self, base: _Part) -> bool:
         """Whether its bounds, or its and those of ``base``, leave nothing."""
@@ -302,16 +318,26 @@ def _fill(lower: np.ndarray, upper: np.ndarray, part: _Part) -> None:
     for i, value in part.low.items():
         lower[i] = _below(value)
     for i, value in part.high.items():
-        upper[i] = -_below(-value)
+        upper[i] = _above(value)
 
 
-def _below(value: Number) -> float:
+def _below(value: End) -> float:
     """The largest float64 that is not above."""
-    try:
-        nearest = float(value)
-    except OverflowError:
-        raise Unusable("property: a number exceeds the largest float64") from None
-    return nearest if Fraction(nearest) <= value else math.nextafter(nearest, -math.inf)
+    near = _nearest(value)
+    return near if near <= value else math.nextafter(near, -math.inf)
+
+
+def _above(value: End) -> float:
+    """The smallest float64 that is not below."""
+    near = _nearest(value)
+    return near if near >= value else math.nextafter(near, math.inf)
+
+
+def _nearest(value: End) -> float:
+    with suppress(OverflowError):
+        if math.isfinite(near := float(value)):
+            return near
+    raise Unusable("property: a number exceeds the largest float64")
 
 
 def _representable(form: Linear) -> Linear:

@@ -49,7 +49,7 @@ def propagate(
             state.spend(2 * state.batch)  # centre and width
             args, kwargs = state.arguments(node)
             if node.name == until and isinstance(step.kind, Affine):
-                state.env[node.name] = node.op(*args, **kwargs)
+                state.env[node.name] = (step.kind.run or node.op)(*args, **kwargs)
             else:
                 _visit(state, step, args, kwargs)
         if keep is not None:
@@ -64,7 +64,7 @@ def _visit(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any])
     """``args`` at the reference."""
     name = step.node.name
     if isinstance(step.kind, Affine):
-        center = step.node.op(*args, **kwargs)
+        center = (step.kind.run or step.node.op)(*args, **kwargs)
         box = _affine(state, step.kind, step, args, kwargs, center)
         width = state.widths.get(step.reads[0]) if step.node.op in MOVERS else None
         if width is not None:
@@ -75,8 +75,13 @@ def _visit(state: State, step: Step, args: list[Any], kwargs: Mapping[str, Any])
     state.boxes[name], state.env[name] = box, center
 
 
-def _with(state: State, step: Step, values: Iterable[Tensor]) -> list[Any]:
-    """The arguments, with ``values`` for the perturbed ones."""
+def _with(state: State, step: Step, args: list[Any], values: Iterable[Tensor]) -> list[Any]:
+    """``args``, with ``values`` for the perturbed ones."""
+    if step.places is not None:
+        changed = list(args)
+        for place, value in zip(step.places, values, strict=True):
+            changed[place] = value
+        return changed
     env = dict(state.env)
     env.update(zip(step.reads, values, strict=True))
     return step.node.fill(env)
@@ -91,25 +96,26 @@ def _affine(
     reference: Tensor,
 ) -> Interval:
     """The box; ``reference`` is the op of its operands' references."""
-    op, boxes = step.node.op, [state.boxes[name] for name in step.reads]
+    op, boxes = kind.run or step.node.op, [state.boxes[name] for name in step.reads]
     terms = kind.terms(*args, **kwargs) if state.rigorous else 0
     centred = state.off_centre.isdisjoint(step.reads)
     if not centred:  # nor will what follows be centred on its reference
         state.off_centre.add(step.node.name)
     if kind.magnitude is None:
         gamma = state.gamma(terms)
-        low = op(*_with(state, step, [x.lower for x in boxes]), **kwargs)
-        high = op(*_with(state, step, [x.upper for x in boxes]), **kwargs)
+        low = op(*_with(state, step, args, [x.lower for x in boxes]), **kwargs)
+        high = op(*_with(state, step, args, [x.upper for x in boxes]), **kwargs)
         if not gamma:
             return Interval(low, high)
-        size = op(*absolute(_with(state, step, map(magnitude, boxes))), **kwargs) * gamma
+        sizes = absolute(_with(state, step, args, map(magnitude, boxes)))
+        size = op(*sizes, **kwargs) * gamma
         size = size + state.tiny
         return Interval(low - size, high + size)
     # a refined operand is no longer centred on its reference, and is narrower around its own centre
-    center = reference if centred else op(*_with(state, step, map(_center, boxes)), **kwargs)
+    center = reference if centred else op(*_with(state, step, args, map(_center, boxes)), **kwargs)
     gamma = state.gamma(max(terms, 1))  # centre and radius round even where the op does not
     widths = [_width(state, name, gamma) for name in step.reads]
-    width = kind.magnitude(2 * gamma, *_with(state, step, widths), **kwargs)
+    width = kind.magnitude(2 * gamma, *_with(state, step, args, widths), **kwargs)
     if gamma:
         width = width + 4 * state.tiny
     return _ends(center, width)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from calipers.bounds.interval import exactness, propagate
-from calipers.bounds.linear import both_bounds, lower_bounds
+from calipers.bounds.linear import both_bounds, lower_bounds, side_bounds
 from calipers.bounds.patches import elements
 from calipers.bounds.planner import examples, in_parts, row_bytes
 from calipers.bounds.state import (
@@ -224,7 +224,7 @@ def crown_ibp_bounds(state: State, spec: Spec) -> Tensor:
 
 def _crown(state: State, spec: Spec) -> Tensor:
     C, d = check_spec(state, spec)
-    propagate(state, tighten=tightener(state), until=state.network.graph.output)
+    propagate(state, tighten=tightener(state, stable=True), until=state.network.graph.output)
     return functionals(state, C, d)
 
 
@@ -255,7 +255,10 @@ def parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, sl
     first = 0
     while first < state.batch:
         last, widest = first + 1, counts[first]
-        while last < state.batch and max(widest, counts[last]) * (last + 1 - first) <= limit:
+        alone = 4 * widest > limit  # then columns of one example's own pay
+        while not alone and last < state.batch:
+            if max(widest, counts[last]) * (last + 1 - first) > limit:
+                break
             widest = max(widest, counts[last])
             last += 1
         span = slice(first, last)
@@ -267,12 +270,15 @@ def parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, sl
 
 
 def tightener(
-    state: State, *, raw: bool = False, most: int | None = None
+    state: State, *, raw: bool = False, most: int | None = None, stable: bool = False
 ) -> Callable[[State, Node], None]:
     """Improve, before a nonlinear node reads them, the intervals of its operands' elements that matter.
 
-    With ``raw`` every element's interval is replaced by what the backward pass alone gives; a value of which more than
-    ``most`` elements matter in an example is left as it is.
+    Args:
+        raw: every element's interval is replaced by what the backward pass alone gives.
+        most: a value of which more elements than this matter in an example is left as it is.
+        stable: of an element that one bound shows to be on one side of a kink, the other bound is left as it is, if it
+            changes no later one.
     """
     status = exactness(state)
     box = math.isinf(state.region.p)
@@ -291,9 +297,30 @@ def tightener(
             mask = undecided(state, node, kind, name)
             if most is not None and int(mask.sum(1).max()) > most:
                 continue
-            refine(state, name, torch.ones_like(mask) if raw else mask, meet=not raw)
+            kink = kink_of(state, name) if stable else None
+            if kink is None:
+                refine(state, name, torch.ones_like(mask) if raw else mask, meet=not raw)
+                continue
+            refine(state, name, mask, partial(side_bounds, kink=kink), sides=1)
+            mask &= undecided(state, node, kind, name)
+            refine(state, name, mask, partial(side_bounds, kink=kink, second=True), sides=1)
 
     return tighten
+
+
+def kink_of(state: State, name: str) -> float | None:
+    """Where all that read a value nonlinearly have their only kink, if only affine ops follow: then nobody asks for the
+    intervals of what is on one side of it."""
+    readers = [s for s in state.facts.steps if name in s.reads and not isinstance(s.kind, Affine)]
+    after = {s.node.name for s in readers}
+    kinks: set[tuple[float, ...]] = set()
+    for step in readers:
+        if not isinstance(step.kind, Activation) or step.kind.pieces is None:
+            return None
+        kinks.add(step.kind.pieces(*state.arguments(step.node)[0][1:]).points)
+    last = all(s.node.name in state.facts.tail for s in state.facts.steps if after & {*s.reads})
+    (points,) = kinks if len(kinks) == 1 else ((),)
+    return points[0] if last and len(points) == 1 else None
 
 
 def undecided(
@@ -328,9 +355,10 @@ def refine(
     bounds: Callable[[State, str, Tensor], Interval] = both_bounds,
     *,
     meet: bool = True,
+    sides: int = 2,
 ) -> None:
     """Meet the interval of ``name`` with the one from ``bounds`` on the elements of ``mask`` (B, N); without
-    ``meet`` put it in its place."""
+    ``meet`` put it in its place. ``sides``: rows that ``bounds`` takes for an element."""
     counts = mask.sum(1).tolist()
     if not any(counts):
         return
@@ -342,9 +370,11 @@ def refine(
     small = elements(state.network.graph, state.env, name, state.network.input_shape)
     if small is not None:
         row = min(row, 6 * state.dtype.itemsize * small)
-    for part, span, cuts in parts(state, [2 * c for c in counts], row):
+    for part, span, cuts in parts(state, [sides * c for c in counts], row):
         index = order[span, : max(counts[span])]
-        ends = [bounds(part, name, index[:, _halved(cut)].T) for cut in cuts]
+        ends = [
+            bounds(part, name, index[:, cut.start // sides : cut.stop // sides].T) for cut in cuts
+        ]
         found = [joined(list(end), 0).T for end in zip(*ends, strict=True)]
         wanted = mask[span].gather(1, index)
         pair = low[span], high[span]
@@ -356,11 +386,6 @@ def refine(
         highs.append(pair[1])
     shape = state.boxes[name].lower.shape
     state.replace(name, Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs))))
-
-
-def _halved(cut: slice) -> slice:
-    """Each element is two rows, its lower and its upper side."""
-    return slice(cut.start // 2, cut.stop // 2)
 
 
 def _narrowed(

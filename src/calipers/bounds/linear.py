@@ -36,12 +36,9 @@ class Chosen(Protocol):
     @property
     def windows(self) -> bool: ...
 
-    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
-        """In deviations from the reference (`deviations`), broadcastable to the rows ``A``."""
-        ...
-
-    def constraint(self, state: State, node: Node) -> tuple[Tensor, Tensor] | None:
-        """Of Σ m·(v − t) >= 0, known of the node's operand v: m (S, B, *shape), and m·(z − t) rounded up (S, B)."""
+    def pulled(self, state: State, kind: Activation, node: Node, A: Rows) -> tuple[Rows, Tensor]:
+        """The rows ``A`` of an activation pulled back to its operand, and what that adds to the bounds: in deviations
+        from the reference (`deviations`), rounding subtracted."""
         ...
 
 
@@ -104,6 +101,19 @@ def both_bounds(state: State, name: str, index: Tensor, chosen: Chosen | None = 
     return Interval(z + low - slack, z + high + slack)
 
 
+def side_bounds(
+    state: State, name: str, index: Tensor, *, kink: float, second: bool = False
+) -> Interval:
+    """One bound of each of the elements ``index`` (S, B), the other one infinite: the one that its reference says will
+    keep it on one side of ``kink``; or the ``second``."""
+    z = flat(state.env[name]).gather(1, index.T).T
+    up = (z < kink) != second
+    low = _Pull(state, name).sides_at(index, torch.where(up, -1.0, 1.0).to(state.dtype))
+    if state.rigorous:
+        low = low - (state.gamma(1) * (z.abs() + low.abs()) + state.tiny)
+    return Interval(torch.where(up, -math.inf, z + low), torch.where(up, z - low, math.inf))
+
+
 class _Pull:
     """One backward walk. ``rows`` holds what is still to be pulled back, ``bias`` what has been settled."""
 
@@ -116,6 +126,26 @@ class _Pull:
     def elements_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of unit rows."""
         self.elements = True
+        self._begin(index)
+        self.walk()
+        low = self.total()
+        if not self.mirrored:
+            return low, -self.total(-1.0)
+        half = len(low) // 2
+        return low[:half], -low[half:]
+
+    def sides_at(self, index: Tensor, sign: Tensor) -> Tensor:
+        """Lower bounds of unit rows times ``sign`` (S, B)."""
+        self._begin(index)
+        for name, rows in self.rows.items():
+            data = rows if isinstance(rows, Tensor) else rows.data
+            signed = data * sign.reshape(*sign.shape, *[1] * (data.ndim - 2))
+            self.rows[name] = signed if isinstance(rows, Tensor) else rows.moved(signed)
+        self.walk()
+        return self.total()
+
+    def _begin(self, index: Tensor) -> None:
+        """Unit rows, already taken through an affine op."""
         node = self.state.network.graph.node[self.name]
         kind = self.state.kind(node)
         rows = _unit_rows(self.state, kind, node, index)
@@ -129,12 +159,6 @@ class _Pull:
             A = torch.zeros(*index.shape, count, dtype=self.state.dtype, device=index.device)
             A.scatter_(2, index.unsqueeze(2), 1.0)
             self.rows[self.name] = A.reshape(*index.shape, *node.shape)
-        self.walk()
-        low = self.total()
-        if not self.mirrored:
-            return low, -self.total(-1.0)
-        half = len(low) // 2
-        return low[:half], -low[half:]
 
     def walk(self, within: Collection[str] | None = None) -> None:
         """Pull everything back to the input, or out of the values ``within``."""
@@ -164,13 +188,16 @@ class _Pull:
         if not isinstance(kind, Activation):
             parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
         elif self.chosen is not None:
-            rows = _mirrored(A) if split else A
-            parts, bias = _chosen(state, kind, node, rows, self.chosen)
+            pulled = _mirrored(A) if split else A
+            if isinstance(pulled, Patch) and not self.chosen.windows:
+                pulled = patches.dense(pulled, node.shape)
+            pulled, bias = self.chosen.pulled(state, kind, node, pulled)
+            parts = {0: pulled}
         elif isinstance(A, Tensor) and (linear := _dense_linear_before(state, node, A.shape[0])):
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
         else:
-            parts, bias = _activation(state, kind, node, A, split)
+            parts, bias = activation(state, kind, node, A, split)
         lost = _underflow(state, step, node)
         if lost is not None:
             bias = (
@@ -230,7 +257,7 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
         None  # how far the value may lie from its reference, where that is all there is
     )
     if name not in state.network.graph.inputs:
-        size = state.once("deviation", name, _deviation)
+        size = state.once("deviation", name, deviation)
     elif math.isinf(state.region.p) and state.frame.bounded:
         size = state.frame.above  # the reference is the middle of the box
     if size is not None and isinstance(A, Patch) and name in state.network.graph.inputs:
@@ -254,7 +281,7 @@ def _over_region(state: State, name: str, A: Tensor) -> Tensor:
         low = low + dot(A, state.once("shift", name, lambda s, n: s.frame.origin - s.env[n]))
     if not state.rigorous:
         return low
-    size = state.once("deviation", name, _deviation)
+    size = state.once("deviation", name, deviation)
     far = dot(A, size, size=True)
     gamma = state.gamma(math.prod(A.shape[2:]) + 4)
     if state.region.p == 2 and bool((state.region.outer_eps < _SQUARES[state.dtype]).any()):
@@ -266,9 +293,11 @@ def _over_region(state: State, name: str, A: Tensor) -> Tensor:
 _SQUARES = {torch.float32: 1e-13, torch.float64: 1e-146}
 
 
-def _deviation(state: State, name: str) -> Tensor:
+def deviation(state: State, name: str) -> Tensor:
     """How far the value may lie from its reference."""
     box, z = state.boxes[name], state.env[name]
+    if not state.rigorous and name in state.widths and name not in state.off_centre:
+        return 0.5 * state.widths[name]
     return torch.maximum(z - box.lower, box.upper - z)
 
 
@@ -299,7 +328,8 @@ def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
         if noise is not None:
             bias = -_patch_dot(state, f"noise of {node.name}", A.moved(A.data.abs()), noise)
         for index in active:
-            rows = patches.through_affine(node, A, state.shape(node.operands[index]), args)
+            shape = state.shape(node.operands[index])
+            rows = patches.through_affine(node, A, shape, args, state.root.cache)
             if rows is not None:
                 parts[index] = rows
         if len(parts) == len(active):
@@ -356,7 +386,7 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
             return None
         active = state.network.graph.active
         sizes = {
-            i: state.env[name].abs() + _deviation(state, name)
+            i: state.env[name].abs() + deviation(state, name)
             for i, name in enumerate(node.operands)
             if name in active
         }
@@ -377,7 +407,7 @@ def _underflow(state: State, step: Step, last: Node) -> Tensor | None:
 
     def make(state: State, name: str) -> Tensor:
         read = [k for k in state.network.graph.node[name].operands if k in state.boxes]
-        far = [flat(_deviation(state, k)).sum(1) for k in dict.fromkeys(read)]
+        far = [flat(deviation(state, k)).sum(1) for k in dict.fromkeys(read)]
         return (2 * sum(far[1:], far[0]) + 4) * state.tiny
 
     nodes = [step.node] if last is step.node else [step.node, last]
@@ -443,62 +473,59 @@ def _relaxed(state: State, kind: Activation, node: Node) -> _Relaxed:
     return _Relaxed(mid, bend, offset, gap)
 
 
-class _Bend(torch.autograd.Function):
-    """A ↦ A⁺·lower + A⁻·upper, slopes and offsets alike: (rows, bias of each row).
+class Bend(torch.autograd.Function):
+    """Lines of rows' own: A ↦ A⁺·lower + A⁻·upper, slopes and offsets alike: (rows, bias of each row).
+
+    With ``columns`` only these elements of rows (S, N) have lines; the others have the slopes ``mid``, and no offset.
 
     Written out because optimising lines spends its time here: the sides are picked once, and little is kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, A: Tensor, low_slope: Tensor, low: Tensor, up_slope: Tensor, high: Tensor
+        ctx: Any,
+        A: Tensor,
+        low_slope: Tensor,
+        low: Tensor,
+        up_slope: Tensor,
+        high: Tensor,
+        columns: Tensor | None = None,
+        mid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        positive = A >= 0
+        own = A if columns is None else A.index_select(1, columns)
+        positive = own >= 0
         slope = torch.where(positive, low_slope, up_slope)
         offset = torch.where(positive, low, high)
-        ctx.save_for_backward(A, slope, offset)
+        ctx.save_for_backward(own, slope, offset)
+        ctx.columns, ctx.mid = columns, mid
         ctx.shapes = [v.shape for v in (low_slope, low, up_slope, high)]
-        return A * slope, (A * offset).flatten(2).sum(-1)
+        bias = (own * offset).flatten(min(2, own.ndim - 1)).sum(-1)
+        if columns is None or mid is None:
+            return own * slope, bias
+        return (A * mid).index_copy_(1, columns, own * slope), bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        A, slope, offset = ctx.saved_tensors
-        rows, bias = grads
-        bias = bias.reshape(*bias.shape, *[1] * (A.ndim - 2))
-        found: list[Tensor | None] = [None] * 5
+        own, slope, offset = ctx.saved_tensors
+        whole, bias = grads
+        rows = whole if ctx.columns is None else whole.index_select(1, ctx.columns)
+        bias = bias.reshape(*bias.shape, *[1] * (own.ndim - bias.ndim))
+        found: list[Tensor | None] = [None] * 7
         if ctx.needs_input_grad[0]:
             found[0] = torch.addcmul(rows * slope, bias, offset)
-        for side, first in ((A.clamp_min(0), 1), (A.clamp_max(0), 3)):
+            if ctx.columns is not None:
+                found[0] = (whole * ctx.mid).index_copy_(1, ctx.columns, found[0])
+        for clamp, first in ((own.clamp_min, 1), (own.clamp_max, 3)):
+            if not (ctx.needs_input_grad[first] or ctx.needs_input_grad[first + 1]):
+                continue
+            side = clamp(0)
             for i, grad in ((first, rows), (first + 1, bias)):
                 if ctx.needs_input_grad[i]:
                     found[i] = (side * grad).sum_to_size(ctx.shapes[i - 1])
         return tuple(found)
 
 
-def _chosen(
-    state: State, kind: Activation, node: Node, A: Rows, chosen: Chosen
-) -> tuple[Parts, Tensor]:
-    """`_activation` with lines of each row's own, and with multipliers of what is known of its operand."""
-    if isinstance(A, Patch) and not chosen.windows:
-        A = patches.dense(A, node.shape)
-    lines = chosen.lines(state, kind, node, A)
-    data = patches.clip(A, node.shape).data if isinstance(A, Patch) else A
-    rows, bias = _Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
-    if isinstance(A, Patch):
-        return {0: A.moved(rows, clipped=True)}, bias
-    known = chosen.constraint(state, node)
-    if known is None:
-        return {0: rows}, bias
-    rows, bias = rows - known[0], bias - known[1]
-    if state.rigorous:
-        name = node.operands[0]
-        bias = bias - state.gamma(2) * dot(
-            rows, state.once("deviation", name, _deviation), size=True
-        )
-    return {0: rows}, bias
-
-
-def _activation(
+def activation(
     state: State, kind: Activation, node: Node, A: Rows, split: bool
 ) -> tuple[Parts, Tensor]:
     """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
@@ -519,9 +546,19 @@ def _activation(
         bias = torch.sub(straight, loss, alpha=0.5)
         return {0: A.moved(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
     bent = size * (-0.5 * bend)
-    rows = torch.cat([along + bent, bent - along])
+    rows = _both(along, bent)
     bias = torch.cat([straight - 0.5 * loss, -straight - 0.5 * loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
+
+
+def _both(along: Tensor, bent: Tensor) -> Tensor:
+    """The rows of both sides, bent + along and bent − along, one after the other."""
+    if torch.is_grad_enabled() and (along.requires_grad or bent.requires_grad):
+        return torch.cat([bent + along, bent - along])
+    both = bent.new_empty(2 * len(bent), *bent.shape[1:])
+    torch.add(bent, along, out=both[: len(bent)])
+    torch.sub(bent, along, out=both[len(bent) :])
+    return both
 
 
 def _dense_linear_before(state: State, node: Node, rows: int) -> Node | None:
@@ -566,10 +603,9 @@ def _activation_and_linear(
     if change is None:
         return {0: found.unsqueeze(1)}, (straight - loss).unsqueeze(1)
     bends = change @ bent_weight
-    both = torch.empty(2 * len(A), weight.shape[1], dtype=A.dtype, device=A.device)
-    torch.add(bends, found, out=both[: len(A)])
-    torch.sub(bends, found, out=both[len(A) :])
-    return {0: both.unsqueeze(1)}, torch.cat([straight - loss, -straight - loss]).unsqueeze(1)
+    return {0: _both(found, bends).unsqueeze(1)}, torch.cat(
+        [straight - loss, -straight - loss]
+    ).unsqueeze(1)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:

@@ -90,21 +90,41 @@ def start(node: Node, index: Tensor, weight: Tensor) -> Patch | None:
     return Patch(weight[index // size], index % size, Grid(height, width, -py, -px, sy, sx))
 
 
-def _through_conv(node: Node, rows: Patch, weight: Tensor) -> Patch | None:
+DENSER = 8  # times the products of a convolution that one matrix product may have to be faster
+
+
+def _through_conv(
+    node: Node, rows: Patch, weight: Tensor, known: dict[tuple[str, str], Any]
+) -> Patch | None:
     plain = _geometry(node)
     if plain is None:
         return None
     (sy, sx), (py, px) = plain
-    grown = pull_back(clip(rows, node.shape).data.flatten(0, 1), weight, (sy, sx))
+    data = clip(rows, node.shape).data
+    flat, window = data.flatten(0, 1), tuple(data.shape[2:])
+    (h, w), (ky, kx) = window[1:], weight.shape[2:]
+    tall, broad = (h - 1) * sy + ky, (w - 1) * sx + kx
+    wide = tall * broad > DENSER * ky * kx or len(flat) < math.prod(window)
+    if wide or weight.requires_grad or data.requires_grad:
+        grown = pull_back(flat, weight, (sy, sx))
+    else:  # the transpose of the windows, once, as a matrix
+        key = (f"{window} of {node.name}", "window")
+        if key not in known:
+            unit = torch.eye(math.prod(window), dtype=data.dtype, device=data.device)
+            known[key] = pull_back(unit.reshape(-1, *window), weight, (sy, sx)).flatten(1)
+        grown = (flat.flatten(1) @ known[key]).reshape(-1, weight.shape[1], tall, broad)
     g = rows.grid
     grid = g._replace(y=g.y * sy - py, x=g.x * sx - px, down=g.down * sy, right=g.right * sx)
     return Patch(grown.reshape(*rows.data.shape[:2], *grown.shape[1:]), rows.place, grid)
 
 
-def through_affine(node: Node, rows: Patch, shape: Shape, args: list[Any]) -> Patch | None:
-    """The transpose of an affine op on windows, or None where it has no rule for them."""
+def through_affine(
+    node: Node, rows: Patch, shape: Shape, args: list[Any], known: dict[tuple[str, str], Any]
+) -> Patch | None:
+    """The transpose of an affine op on windows, or None where it has no rule for them; ``known`` keeps what serves
+    further rows."""
     if node.op is torch.conv2d:
-        return _through_conv(node, rows, args[1])
+        return _through_conv(node, rows, args[1], known)
     if node.op is torch.add:
         return rows if shape == node.shape and not node.kwargs else None
     if node.op is torch.neg:

@@ -5,7 +5,8 @@ Any choice of lines gives a bound, so an optimiser can only fail to help: `ascen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ from calipers.bounds.ladder import (
     refine,
     tightener,
 )
-from calipers.bounds.linear import both_bounds, deviations, look, lower_bounds
-from calipers.bounds.patches import Patch, Rows, dense
+from calipers.bounds.linear import Bend, both_bounds, deviations, look, lower_bounds
+from calipers.bounds.patches import Patch, Rows, clip, dense
 from calipers.bounds.planner import row_bytes
-from calipers.bounds.state import State, check_spec, flat, joined
+from calipers.bounds.state import State, check_spec, detached, flat, joined
 from calipers.graph.graph import Network, Node
-from calipers.ops.kinds import Activation, Lines
+from calipers.ops.kinds import Activation
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
 
@@ -52,8 +53,9 @@ class OwnLines:
 
     windows = True
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
         self.choices: dict[str, Choice] = {}
+        self.numbers = numbers or {}  # lines that were chosen before
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -61,14 +63,14 @@ class OwnLines:
         both = {id(v): v for c in self.choices.values() for v in (c.lower, c.upper)}
         return [v for v in both.values() if v.requires_grad]
 
-    def lines(self, state: State, kind: Activation, node: Node, A: Rows) -> Lines:
+    def pulled(self, state: State, kind: Activation, node: Node, A: Rows) -> tuple[Rows, Tensor]:
         c = self.choices.get(node.name)
         if c is None:
             c = self.choices[node.name] = self._begin(state, kind, node, A)
-        return deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
-
-    def constraint(self, _state: State, _node: Node) -> None:
-        """Nothing more is known of values."""
+        lines = deviations(state, kind, node, c.box, c.z, c.out, (c.lower, c.upper))
+        data = clip(A, node.shape).data if isinstance(A, Patch) else A
+        rows, bias = Bend.apply(data, *lines)  # type: ignore[no-untyped-call]
+        return A.moved(rows, clipped=True) if isinstance(A, Patch) else rows, bias
 
     def _begin(self, state: State, kind: Activation, node: Node, A: Rows) -> Choice:
         args, _ = state.arguments(node)
@@ -85,6 +87,9 @@ class OwnLines:
             none = box.lower.new_zeros(())
             return Choice(none, none, box, z, out)
 
+        if node.name in self.numbers:
+            return Choice(*self.numbers[node.name], box, z, out, windows)
+
         def leaf(value: Tensor) -> Tensor:
             return value.detach().expand(shape).clone().requires_grad_(torch.is_grad_enabled())
 
@@ -93,8 +98,30 @@ class OwnLines:
         return Choice(first, first if upper is lower else leaf(upper), box, z, out, windows)
 
 
+class Best:
+    """The numbers of the lines that gave every row its best bound."""
+
+    levels: int | None = None  # all are multiples of one in so many
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def take(self, better: Tensor, chosen: OwnLines) -> None:
+        """Keep the numbers of the rows that are ``better`` (S, B) now."""
+        for name, choice in chosen.choices.items():
+            if not choice.lower.ndim:
+                continue
+            new = (choice.lower.detach(), choice.upper.detach())
+            old = self.numbers.get(name, new)
+            some = better.reshape(*better.shape, *[1] * (new[0].ndim - 2))
+            lower, upper = (torch.where(some, n, o) for n, o in zip(new, old, strict=True))
+            self.numbers[name] = lower, upper
+
+
 class Kept:
     """The numbers of the lower lines that gave every row its best bound, in 255ths."""
+
+    levels: int | None = 255
 
     def __init__(self) -> None:
         self.bytes: dict[str, Tensor] = {}
@@ -124,6 +151,7 @@ class Kept:
 
 
 Evaluate = Callable[[OwnLines], Tensor]
+Search = Callable[[Evaluate, int, Kept | None], Tensor]  # of so many steps, see `ascend`
 Keep = Callable[[str, Tensor, Interval, dict[str, Tensor]], None]
 
 
@@ -152,8 +180,11 @@ def alpha_crown(
         share: of all that the functionals could gain from intermediate bounds (to first order), how much is pursued.
         stop: leave out examples and functionals that are already proved.
 
-    Sound: as `crown`, for any choice of lines; ``rigorous`` covers every step. Not differentiable.
-    Cost: a step is about two of `crown`'s passes over the rows that take part.
+    Differentiable in the parameters and in the region's centre: the lines are found without gradients, then all bounds
+    are computed once more with them, and lines do not move (envelope theorem; exact for the lines found).
+
+    Sound: as `crown`, for any choice of lines; ``rigorous`` covers every step.
+    Cost: a step is about two of `crown`'s passes over the rows that take part; gradients keep all rows of the last.
     Reference: Xu et al. 2021 (alpha-CROWN), section 3.1.
     """
     if steps < 0 or intermediate_steps < 0 or not 0 <= share <= 1:
@@ -164,8 +195,7 @@ def alpha_crown(
     run = partial(
         _alpha, steps=steps, intermediate_steps=intermediate_steps, share=share, stop=stop
     )
-    with torch.no_grad():
-        return chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
+    return chunked(run, network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def dual(
@@ -225,14 +255,14 @@ def ascend(
     steps: int,
     rate: float = 0.5,
     decay: float = 0.75,
-    kept: Kept | None = None,
+    kept: Kept | Best | None = None,
 ) -> Tensor:
     """The best bounds that ``evaluate`` gave along ``steps`` steps of Adam on the lines, projected to [0, 1].
 
     Args:
         evaluate: bounds, of any shape, under the lines given.
         rate: first step, in units of the whole interval of choices; ``decay`` times as long in each further step.
-        kept: takes the numbers behind the bounds, which are multiples of 1/255 then.
+        kept: takes the numbers behind the bounds.
     """
     chosen = OwnLines()
     moments: list[tuple[Tensor, Tensor]] = []
@@ -260,35 +290,108 @@ def ascend(
                 size = (square / (1 - 0.999 ** (i + 1))).sqrt_().add_(1e-12)
                 leaf.addcdiv_(mean, size, value=rate * decay**i / (1 - 0.9 ** (i + 1)))
                 leaf.clamp_(0, 1)
-                if kept is not None:
-                    leaf.mul_(255).round_().div_(255)
+                if kept is not None and kept.levels:
+                    leaf.mul_(kept.levels).round_().div_(kept.levels)
     if best is None:
         raise ValueError(f"steps: {steps} is negative")
     return best
 
 
+def searching(evaluate: Evaluate, steps: int, kept: Kept | None = None) -> Tensor:
+    return ascend(evaluate, steps=steps, kept=kept)
+
+
+@dataclass
+class Log:
+    """What the optimisation of one batch decided, to be done again with gradients: a bound is the largest over all
+    lines, so its derivative is that at the lines found (envelope theorem).
+
+    Args:
+        wanted: the functionals that were optimised, (B, M).
+        values: the elements of each intermediate value that were, (B, N), in order.
+        lines: of each search, in order.
+    """
+
+    wanted: Tensor | None = None
+    values: dict[str, Tensor] = field(default_factory=dict)
+    lines: list[dict[str, tuple[Tensor, Tensor]]] = field(default_factory=list)
+
+    def record(self, evaluate: Evaluate, steps: int, _: Kept | None = None) -> Tensor:
+        best = Best()
+        found = ascend(evaluate, steps=steps, kept=best)
+        self.lines.append(best.numbers)
+        return found
+
+    def replay(self, evaluate: Evaluate, _steps: int, _: Kept | None = None) -> Tensor:
+        return evaluate(OwnLines(self.lines.pop(0)))
+
+
 def _alpha(
     state: State, spec: Spec, *, steps: int, intermediate_steps: int, share: float, stop: bool
 ) -> Tensor:
-    for name, value in state.env.items():  # only lines are optimised, not parameters
-        if isinstance(value, Tensor):
-            state.env[name] = value.detach()
+    searched = partial(
+        _optimised, steps=steps, intermediate_steps=intermediate_steps, share=share, stop=stop
+    )
+    log = Log() if _tracked(state) else None
+    with torch.no_grad():
+        found = searched(detached(state), spec, log=log)
+    return _with_gradients(state, spec, log) if log else found
+
+
+def _tracked(state: State) -> bool:
+    """Whether gradients are wanted."""
+    values = [*state.env.values(), state.frame.above, *state.frame.hull]
+    return torch.is_grad_enabled() and any(
+        isinstance(v, Tensor) and v.requires_grad for v in values
+    )
+
+
+def _optimised(
+    state: State,
+    spec: Spec,
+    *,
+    steps: int,
+    intermediate_steps: int,
+    share: float,
+    stop: bool,
+    log: Log | None = None,
+) -> Tensor:
     best = crown_over_ibp(state, spec)
     wanted = ~(spec.clauses(best) > 0) if stop else best.new_ones(len(best), spec.count).bool()
-    rows = torch.nonzero(wanted.any(1)).flatten()
-    if not len(rows) or not steps:
+    wanted = wanted[:, spec.clause]
+    if not wanted.any() or not steps:
         return best
-    some = state if len(rows) == len(best) else state.select(rows)
-    part = spec[rows]
-    wanted = wanted[rows][:, spec.clause]
+    if log:
+        log.wanted = wanted
+    search = log.record if log else searching
+    rows, some, part = _open(state, spec, wanted)
     C, d = check_spec(some, part)
     if intermediate_steps:
-        tighten(some, C, wanted, steps=intermediate_steps, share=share)
-    found = best[rows]
-    found = torch.where(
-        wanted, torch.maximum(ascended(some, C, d, wanted, steps=steps), found), found
-    )
-    return best.index_copy(0, rows, found)
+        names = tighten(some, C, wanted[rows], steps=intermediate_steps, share=share, search=search)
+        if log:
+            log.values = names
+    found = ascended(some, C, d, wanted[rows], steps=steps, search=search)
+    return torch.maximum(best, best.index_copy(0, rows, found))
+
+
+def _open(state: State, spec: Spec, wanted: Tensor) -> tuple[Tensor, State, Spec]:
+    """The examples of which some functional is ``wanted``, alone."""
+    rows = torch.nonzero(wanted.any(1)).flatten()
+    return rows, state if len(rows) == len(wanted) else state.select(rows), spec[rows]
+
+
+def _with_gradients(state: State, spec: Spec, log: Log) -> Tensor:
+    """The bounds under the lines of ``log``, intermediate ones included."""
+    best = crown_over_ibp(state, spec)
+    if log.wanted is None:
+        return best
+    rows, some, part = _open(state, spec, log.wanted)
+    C, d = check_spec(some, part)
+    for name, mask in log.values.items():
+        refine(some, name, mask, partial(_optimised_box, steps=0, search=log.replay))
+        some.cache.clear()
+    found = ascended(some, C, d, log.wanted[rows], steps=0, search=log.replay)
+    return torch.maximum(best, best.index_copy(0, rows, found))
 
 
 def ascended(
@@ -299,6 +402,7 @@ def ascended(
     *,
     steps: int,
     keep: Callable[[Tensor, dict[str, Tensor]], None] | None = None,
+    search: Search = searching,
 ) -> Tensor:
     """Bounds of the functionals, (B, M), −inf where they are not ``wanted``.
 
@@ -316,12 +420,12 @@ def ascended(
         for cut in cuts:
             kept = Kept() if keep else None
             pieces.append(
-                ascend(
+                search(
                     lambda chosen, A=rows[cut, span], part=part: lower_bounds(  # type: ignore[misc]
                         part, output, A, chosen=chosen
                     )[0],
-                    steps=steps,
-                    kept=kept,
+                    steps,
+                    kept,
                 )
             )
             if keep and kept:
@@ -345,8 +449,10 @@ def tighten(
     steps: int,
     share: float,
     keep: Keep | None = None,
-) -> None:
-    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on.
+    search: Search = searching,
+) -> dict[str, Tensor]:
+    """Optimise the intermediate bounds on which the ``wanted`` (B, M) functionals depend most, from the input on:
+    the elements (B, N) that were chosen, by value.
 
     Args:
         keep: of one example, told a value's name, some elements (S,), their bounds, and the numbers of the lines that
@@ -356,25 +462,37 @@ def tighten(
     status = exactness(state)
     names = {k: v for k, v in names.items() if status[k] == "loose" or state.region.p < torch.inf}
     if not names:
-        return
+        return {}
     gains = _gains(state, C * wanted.unsqueeze(2), list(names))
-
-    def bounds(part: State, name: str, index: Tensor) -> Interval:
-        def evaluate(chosen: OwnLines) -> Tensor:
-            low, high = both_bounds(part, name, index, chosen)
-            return torch.cat([low, -high])
-
-        kept = Kept() if keep else None
-        found = ascend(evaluate, steps=steps, kept=kept)
-        box = Interval(found[: len(index)], -found[len(index) :])
-        if keep and kept:
-            numbers = {k: v[:, 0] for k, v in kept.dense(part).items()}
-            keep(name, index[:, 0], Interval(*(end[:, 0] for end in box)), numbers)
-        return box
-
-    for name, mask in names.items():
-        refine(state, name, mask & _first(gains[name] * mask, share), bounds)
+    chosen = {name: mask & _first(gains[name] * mask, share) for name, mask in names.items()}
+    for name, mask in chosen.items():
+        refine(state, name, mask, partial(_optimised_box, steps=steps, keep=keep, search=search))
         state.cache.clear()
+    return chosen
+
+
+def _optimised_box(
+    part: State,
+    name: str,
+    index: Tensor,
+    *,
+    steps: int,
+    keep: Keep | None = None,
+    search: Search = searching,
+) -> Interval:
+    """`both_bounds` with lines of each row's own."""
+
+    def evaluate(chosen: OwnLines) -> Tensor:
+        low, high = both_bounds(part, name, index, chosen)
+        return torch.cat([low, -high])
+
+    kept = Kept() if keep else None
+    found = search(evaluate, steps, kept)
+    box = Interval(found[: len(index)], -found[len(index) :])
+    if keep and kept:
+        numbers = {k: v[:, 0] for k, v in kept.dense(part).items()}
+        keep(name, index[:, 0], Interval(*(end[:, 0] for end in box)), numbers)
+    return box
 
 
 def _first(gain: Tensor, share: float) -> Tensor:

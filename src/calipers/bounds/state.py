@@ -84,6 +84,11 @@ class State:
         cached = self.frame.origin.device.type == "cpu" and not self.whole
         return min(self.memory, CACHE) if cached else self.memory
 
+    @property
+    def root(self) -> State:
+        """The computation over the whole batch that this is a part of."""
+        return self if self.parent is None else self.parent.root
+
     def gamma(self, n: int) -> float:
         """The rounding factor of a sum of n products in any order, doubled for the accounting's own rounding."""
         if not self.rigorous or n <= 0:
@@ -197,6 +202,32 @@ class State:
         other.parent, other.span = None, slice(None)
         other.off_centre, other.changed = set(self.off_centre), set(self.changed)
         return other
+
+
+def detached(state: State) -> State:
+    """The same computation from its start, without gradients."""
+    env = {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.env.items()}
+    frame = _detached(state.frame)
+    source = state.network.graph.inputs[0]
+    return State(
+        state.network,
+        state.region,
+        state.facts,
+        env,
+        frame,
+        state.rigorous,
+        state.memory,
+        {source: frame.hull},
+        choose=state.choose,
+        deadline=state.deadline,
+        whole=state.whole,
+    )
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return type(value)(*map(_detached, value)) if isinstance(value, tuple) else value
 
 
 def _cut(value: Any, span: slice | Tensor) -> Any:

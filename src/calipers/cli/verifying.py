@@ -25,7 +25,7 @@ from calipers.evaluate.verify import Decision, decide
 from calipers.files import write_atomically
 from calipers.graph.graph import Network
 from calipers.graph.onnx_file import write_tensor
-from calipers.vnnlib import Query, format_assignment
+from calipers.vnnlib import Query
 
 ANSWERED, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
 MODELS = (".onnx", ".onnx.gz")
@@ -51,7 +51,7 @@ class _Answer:
             lines: list[str] = [decision.verdict]
             values = _values(decision, query)
             if values and query and self.folder is None:
-                lines.append(format_assignment((query.input, query.output), values).rstrip("\n"))
+                lines.append(decision.counterexample(query).rstrip("\n"))
             sys.stdout.write("\n".join(lines) + "\n")
             sys.stdout.flush()
             if values and query and self.folder is not None:

@@ -33,7 +33,7 @@ from calipers.evaluate.workers import Lost, Raised, Team
 from calipers.files import cell, text_of, write_atomically
 from calipers.graph.graph import Network
 from calipers.graph.onnx import load_onnx
-from calipers.vnnlib import Query, format_assignment, instances
+from calipers.vnnlib import Query, instances
 
 OPPOSITE = {"sat": "unsat", "unsat": "sat"}
 GRACE = 5.0  # seconds after its limit until a worker that has not answered is ended
@@ -379,10 +379,9 @@ def solve(task: Task, settings: Settings, known: dict[Path, Network] | None = No
 
 def save(folder: Path, task: Task, query: Query | None, found: Decision) -> None:
     """The counterexample of a ``sat``, where the competition's checker looks for it."""
-    if query is None or found.x is None or found.y is None or found.verdict != "sat":
+    text = found.counterexample(query) if query is not None else ""
+    if not text:
         return
-    values = query.cases[0].lift(found.x, found.y)
-    text = format_assignment((query.input, query.output), values)
     target = folder / task.suite / counterexample_name(task.onnx, task.vnnlib)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(gzip.compress(text.encode("ascii"), mtime=0))

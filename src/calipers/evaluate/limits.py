@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import signal
@@ -14,6 +15,7 @@ from types import FrameType
 import torch
 
 AGAIN = 2.0  # seconds until the next interrupt, should one have been swallowed
+SOON = 0.05  # seconds until the next look, where an interrupt would do harm
 
 
 class TimeIsUp(BaseException):
@@ -24,10 +26,11 @@ class TimeIsUp(BaseException):
 def alarm(deadline: float) -> Iterator[None]:
     """Raise `TimeIsUp` in the block once ``time.perf_counter()`` reaches ``deadline``.
 
-    It comes between two steps of the interpreter, so a single operation is never cut short. Outside of the main
-    thread, and where the system has no interval timer, nothing happens: what runs inside should look at the clock
-    itself too. A timer that was set before goes on afterwards, and torch's gradient mode is what it was: an interrupt
-    inside `no_grad`'s own code would leave it changed.
+    It comes between two steps of the interpreter, so a single operation is never cut short; nor is an import, which
+    would leave half a module for whoever asks for it next. Outside of the main thread, and where the system has no
+    interval timer, nothing happens: what runs inside should look at the clock itself too. A timer that was set before
+    goes on afterwards, and torch's gradient mode is what it was: an interrupt inside `no_grad`'s own code would leave
+    it changed.
 
     Raises:
         TimeIsUp: also at once, if the deadline has passed already.
@@ -40,7 +43,13 @@ def alarm(deadline: float) -> Iterator[None]:
         yield
         return
 
-    def ring(_signal: int, _frame: FrameType | None) -> None:
+    own = inspect.currentframe()
+    since = own.f_back.f_back if own and own.f_back else None  # behind the context manager's entry
+
+    def ring(_signal: int, frame: FrameType | None) -> None:
+        if _importing(frame, since):
+            signal.setitimer(signal.ITIMER_REAL, SOON, AGAIN)
+            return
         raise TimeIsUp
 
     mode = torch.is_grad_enabled()
@@ -55,6 +64,15 @@ def alarm(deadline: float) -> Iterator[None]:
         if left:
             rest = max(left - (time.perf_counter() - begin), 1e-3)
             signal.setitimer(signal.ITIMER_REAL, rest, interval)
+
+
+def _importing(frame: FrameType | None, since: FrameType | None) -> bool:
+    """Whether an import is under way that began after the frame ``since``."""
+    while frame is not None and frame is not since:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def bytes_of(memory: int | str, name: str = "memory") -> int:

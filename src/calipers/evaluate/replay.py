@@ -1,7 +1,9 @@
 """Counterexamples checked again, by other means than those that found them.
 
 Membership is decided in rational arithmetic on the numbers as stored; outputs by onnxruntime, and by torch in the
-network's own precision and in float64, each point alone. Three classes:
+network's own precision and in float64, each point alone. A decimal in a text stands for itself; a network is run on the
+nearest number of its precision, which may be the member in its place. Where only the decimals are members (X_0 = 0.1
+holds at no float32), the float64 network is run on them. Three classes:
 
 - *strict*: a member of the exact set that breaks the property in every evaluation;
 - *tolerant*: what competitions let pass. The point is at most `TOLERANCE` of the set's size outside of it, or a bound
@@ -30,7 +32,7 @@ from calipers.graph.graph import Network, evaluating
 from calipers.rounding import exact
 from calipers.sets import ThreatModel
 from calipers.spec import Spec
-from calipers.vnnlib import Query, read_assignment
+from calipers.vnnlib import Query, Values, read_decimals
 
 TOLERANCE = 1e-4
 Class = Literal["strict", "tolerant", "fails"]
@@ -196,29 +198,34 @@ def replay_assignment(
             f"{query.path}: {query.input.size} inputs and {query.output.size} outputs; the network has {sizes[0]} and "
             f"{sizes[1]}"
         )
-    values = read_assignment(path)
+    values = read_decimals(path)
     inputs = values.get(query.input.name)
-    if inputs is None or inputs.numel() != query.input.size:
-        found = ", ".join(f"{k} with {v.numel()}" for k, v in values.items())
+    if inputs is None or len(inputs.numbers) != query.input.size:
+        found = ", ".join(f"{k} with {len(v.numbers)}" for k, v in values.items())
         raise SpecError(
             f"{path}: expected {query.input.name} with {query.input.size} numbers, as {query.path} declares; found "
             f"{found}"
         )
-    x = inputs.reshape(1, *network.input_shape).to(network.dtype)
-    near = list(_near(query, x))
+    written = inputs.floats().reshape(1, *network.input_shape).to(network.device)
+    x = written.to(network.dtype)
+    near = list(_near(query, x.cpu()))
     outside = min((o for o, _, _ in near), default=math.inf)
-
-    def judge(y: Tensor) -> Said:
-        point = x.double().flatten().tolist()
-        flat = y.double().flatten().tolist()
-        tolerant = any(query.holds(inside, flat, dtype=network.dtype) for _, inside, _ in near)
-        margins = [spec.margin(spec.values(y.double())).item() for _, _, spec in near]
-        size = y.abs().max().item()
-        return Said(query.holds(point, flat), tolerant, min(margins, default=math.inf), size)
-
     with evaluating(network.module):
         models, notes = evaluations(network)
-        return _classify(Path(path).name, outside, x.to(network.device), models, judge), notes
+        point: Values = x
+        y = next(iter(models.values()))(x)
+        if not query.holds(x, y) and query.holds(inputs.numbers, y):
+            point, double = inputs.numbers, network.in_double()
+            models = {**models, "torch float64": lambda _: double(written)}
+
+        def judge(y: Tensor) -> Said:
+            flat = y.double().flatten().tolist()
+            tolerant = any(query.holds(inside, flat, dtype=network.dtype) for _, inside, _ in near)
+            margins = [spec.margin(spec.values(y.double())).item() for _, _, spec in near]
+            size = y.abs().max().item()
+            return Said(query.holds(point, flat), tolerant, min(margins, default=math.inf), size)
+
+        return _classify(Path(path).name, outside, x, models, judge), notes
 
 
 def _near(query: Query, x: Tensor) -> Iterator[tuple[float, Tensor, Spec]]:

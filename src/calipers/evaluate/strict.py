@@ -86,7 +86,7 @@ def decide_strictly(
     found = replace(found, seconds=time.perf_counter() - begin)
     if result.accepted:
         return replace(found, reason=f"{found.reason}; certificate accepted"), result
-    if result.data is None and not coverable(network, query):
+    if not coverable(network, query):
         note = f"no certificate: {result.reason}"
         return replace(found, notes=(*found.notes, note)), result
     late = time.perf_counter() >= end

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from calipers.exact.record import Record
 from calipers.graph.graph import Network, evaluating
 from calipers.sets import Region
 from calipers.spec import Spec
-from calipers.vnnlib import Case, Query
+from calipers.vnnlib import Case, Query, format_assignment
 
 Verdict = Literal["sat", "unsat", "unknown", "timed-out"]
 BOUNDS = (interval, crown_ibp, crown)
@@ -97,6 +98,8 @@ class Decision:
         x, y: (1, *x) and (1, K), a witness and onnxruntime's outputs there; None without one.
         rounded: the witness satisfies an input's bounds only where these are read as the nearest numbers of the
             network's precision, since no number of it lies between them (X_0 = 0.1).
+        decimals: how to write the inputs of such a witness: inside the exact set, ``x`` is what they round to, and the
+            network in float64 is broken at them too; None where there are none, or no need.
         boxes: how far each box came, undecided ones first, at most `ROWS`.
         notes: what else should be known.
         proofs: how each box was proved, by case and row: the name of a bound or the record of a search.
@@ -110,6 +113,7 @@ class Decision:
     x: Tensor | None = None
     y: Tensor | None = None
     rounded: bool = False
+    decimals: tuple[Decimal, ...] | None = None
     boxes: tuple[Box, ...] = ()
     notes: tuple[str, ...] = ()
     proofs: Mapping[tuple[int, int], Record | str] = field(default_factory=dict)
@@ -126,6 +130,15 @@ class Decision:
             "boxes": [b.json() for b in self.boxes],
             "notes": list(self.notes),
         }
+
+    def counterexample(self, query: Query) -> str:
+        """The witness as a text, without the line ``sat``; empty without one."""
+        if self.x is None or self.y is None or self.verdict != "sat":
+            return ""
+        values: dict[str, Tensor | Sequence[Decimal]] = {**query.cases[0].lift(self.x, self.y)}
+        if self.decimals is not None:
+            values[query.input.name] = self.decimals
+        return format_assignment((query.input, query.output), values)
 
 
 class _Decided(Exception):
@@ -175,8 +188,8 @@ def decide(
     boxes = sorted(search.boxes, key=lambda b: (b.lower > 0, b.lower))
     lower = min((b.lower for b in boxes), default=math.inf)
     return Decision(
-        verdict, reason, method, lower, took, search.x, search.y, search.rounded, tuple(boxes[:ROWS]),
-        tuple(search.notes), search.proofs,
+        verdict, reason, method, lower, took, search.x, search.y, search.rounded, search.decimals,
+        tuple(boxes[:ROWS]), tuple(search.notes), search.proofs,
     )  # fmt: skip
 
 
@@ -228,6 +241,7 @@ class _Search:
     x: Tensor | None = None
     y: Tensor | None = None
     rounded: bool = False
+    decimals: tuple[Decimal, ...] | None = None
     compared: bool = False
 
     @property
@@ -382,7 +396,17 @@ class _Search:
         if not strict and (self.exact or not self.query.holds(x, y, dtype=self.network.dtype)):
             return False
         self.x, self.y, self.rounded = x, y, not strict
+        self.decimals = None if strict else self._decimals(x, y)
         return True
+
+    def _decimals(self, x: Tensor, y: Tensor) -> tuple[Decimal, ...] | None:
+        """How to write a witness where the bounds hold no number of the network's precision."""
+        found = self.query.decimals(x, y)
+        if found is None:
+            return None
+        point = torch.tensor([float(v) for v in found], dtype=torch.float64).reshape(x.shape)
+        y = self.network.in_double()(point.to(x.device))
+        return tuple(found) if self.query.holds(found, y) else None
 
     # -- the lower end ----------------------------------------------------------------------------------
 

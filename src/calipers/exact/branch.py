@@ -35,11 +35,12 @@ from calipers.spec import Spec
 LARGE = 4000  # neurons from which on the root's bounds are computed in float32
 METRIC = 0.1, 1.0, 0.1  # how far choices, multipliers and weights may move, relative to each other
 MOMENTUM = 0.7
-VALUES = 1 << 19
+VALUES = 1 << 20
 PATIENCE = 25  # times as many steps for what cannot be split further
 SHARE = 0.25  # of the rows bounded so far that intervals computed again may cost
 INSIDE = 0.1  # choices and multipliers are kept so far from their ends where splits are picked
 ROWS = 512  # intermediate bounds computed together
+MORE, SPAN = 3, 4  # times as many steps where progress over so many lets hope for a proof
 REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
 
@@ -64,8 +65,8 @@ def branch(
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
     Args:
-        batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 32 to 1024.
-        steps: ascent steps on the lines and multipliers of a batch.
+        batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 64 to 1024.
+        steps: ascent steps on the lines and multipliers of a batch; `MORE` times as many for what they seem to prove.
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
         score: how candidates are found, a name of `SCORES`.
         period: splits at least after which a sub-problem's intervals are computed again.
@@ -86,7 +87,7 @@ def branch(
         raise ValueError(f"score: {score!r} is not one of {', '.join(SCORES)}")
     if batch is None:
         values = sum(math.prod(node.shape) for node in network.graph.nodes)
-        batch = min(max(VALUES // values, 32), 1024)
+        batch = min(max(VALUES // values, 64), 1024)
     search = Search(
         without_maxima(network), region, spec, deadline, memory, progress, batch, steps, candidates, score, period,
         record, whole,
@@ -277,7 +278,8 @@ class Search:
         """Polyak's subgradient steps with momentum towards a positive bound; what is proved takes no more part.
 
         An open sub-problem leaves its last point to its children, which is further on its way than the best one; but
-        where that is worse than what the parent had they begin anew.
+        where that is worse than what the parent had they begin anew. After the first steps only those go on that would
+        be proved if each further step gained what the last ones did on average.
         """
         work, alive = Batch(self.problem, domains), torch.arange(len(domains))
         best = torch.full_like(domains.bound, -math.inf)
@@ -285,8 +287,9 @@ class Search:
         velocity: list[Tensor] = []
         middle: Tensor | None = None  # of the points below: near the relaxation's minimum
         target = best
-        for i in range(self.steps + 1):
-            last = i == self.steps
+        most, earlier = MORE * self.steps, best
+        for i in range(most + 1):
+            last = i == most
             for leaf in work.leaves:
                 leaf.requires_grad_(not last)
             if last:
@@ -306,6 +309,10 @@ class Search:
             if i % 8 == 0:
                 self.judge(points)
             open_ = ~(value > 0)
+            if i % SPAN == 0:
+                gain, earlier = (best - earlier)[alive] / SPAN, best.clone()
+                if i >= self.steps:
+                    open_ &= best[alive] + (most - i) * gain > 0
             if last or not bool(open_.any()):
                 if i:
                     self.judge(middle)
@@ -319,6 +326,10 @@ class Search:
                 work, alive, target = work[rest], alive[rest], target[rest]
                 velocity = [v[rest] for v in velocity]
                 middle = middle[rest]
+        return self._left(domains, best, kept)
+
+    def _left(self, domains: Domains, best: Tensor, kept: Sequence[Tensor]) -> Domains:
+        """Sub-problems with the bounds found and what their children begin with."""
         choice, multiplier, weights = kept
         if domains.where.shape[1]:
             astray = (best < domains.bound).unsqueeze(1)
@@ -445,8 +456,10 @@ class Search:
 
     def _lowest(self, rows: Tensor) -> Tensor:
         """Where the bounds' linear functions, ``rows`` (n, *x), are lowest."""
-        index = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        return self.region[index].maximizer(-rows.double()).to(self.network.dtype)
+        region = self.region
+        if region.grid is not None:
+            region = region[torch.zeros(len(rows), dtype=torch.long, device=rows.device)]
+        return region.maximizer(-rows.double()).to(self.network.dtype)
 
     def judge(self, points: Tensor) -> None:
         """Keep the first of ``points`` (n, *x) that `witness` accepts."""

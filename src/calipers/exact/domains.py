@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from calipers.bounds.ladder import at_reference
-from calipers.bounds.linear import at_the_input, both_bounds, deviations
+from calipers.bounds.linear import (
+    Bend,
+    activation,
+    at_the_input,
+    both_bounds,
+    deviation,
+    deviations,
+)
+from calipers.bounds.patches import Patch, Rows
 from calipers.bounds.state import State, flat
 from calipers.exact.record import as_bytes
 from calipers.graph.graph import Node
@@ -26,16 +34,19 @@ from calipers.sets import Interval
 
 
 class Layer(NamedTuple):
-    """The elements of one activation that are not linear on their interval at the root."""
+    """The elements of one activation that are not linear on their interval at the root, and the line of all others."""
 
     node: Node
     kind: Activation
     columns: Tensor  # (U,) flat positions
     z: Tensor
     out: Tensor
-    base: Lines  # of all elements, (N,)
-    span: slice  # of these elements among all undecided ones
+    slope: Tensor  # (N,) of the others, 0 at the columns
+    offset: Tensor | None  # (N,) likewise, in deviations from the reference; None: zero
+    gap: Tensor | None  # (N,) between their lines, for rounding; None: zero
+    span: slice  # of the columns among all undecided elements
     sides: int  # numbers to choose for each: one where the same serves both lines
+    affine: bool  # as of `Tuned`
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +150,11 @@ class Problem:
                 continue
             args, _ = state.arguments(node)
             box, out = state.boxes[node.operands[0]], state.env[node.name]
+            lines = deviations(state, kind, node, box, args[0], out, None)
+            lower_slope, low, upper_slope, high = (flat(v.expand_as(out))[0] for v in lines)
             if like is None:
-                columns = torch.nonzero(flat(~kind.linear(box, *args[1:]))[0]).flatten()
+                bent = flat(~kind.linear(box, *args[1:]))[0] | (lower_slope != upper_slope)
+                columns = torch.nonzero(bent).flatten()
             elif node.name in like.layers:
                 columns = like.layers[node.name].columns
             else:
@@ -148,16 +162,20 @@ class Problem:
             if not len(columns):
                 continue
             first, second = kind.tuned.start(box, *args[1:])
-            base = deviations(state, kind, node, box, args[0], out, None)
+            gap = (high - low).index_fill(0, columns, 0.0)
+            offset = (low + 0.5 * gap).index_fill(0, columns, 0.0)
             self.layers[node.name] = Layer(
                 node,
                 kind,
                 columns,
                 flat(args[0])[0, columns],
                 flat(out)[0, columns],
-                Lines(*(flat(v.expand_as(out))[0] for v in base)),
+                lower_slope.index_fill(0, columns, 0.0),
+                offset if bool(offset.any()) else None,
+                gap if bool(gap.any()) else None,
                 slice(start, start + len(columns)),
                 1 if first is second else 2,
+                kind.tuned.affine,
             )
             start += len(columns)
         self.count = start
@@ -322,11 +340,16 @@ class Batch:
         self.watch = watch
         self.seen: dict[str, Tensor] = {}
         self.chosen: dict[str, Lines] = {}
+        self.ends: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
 
     windows = False
 
     def __getitem__(self, index: Tensor) -> Batch:
         other = Batch(self.problem, self.domains[index])
+        other.ends = {
+            name: [(a[index], d if d is None else d[index]) for a, d in pairs]
+            for name, pairs in self.ends.items()
+        }
         for name in ("choice", "multiplier", "weights"):
             setattr(other, name, getattr(self, name).detach()[index])
         return other
@@ -342,24 +365,54 @@ class Batch:
         rows, bound = at_the_input(state, state.network.graph.output, A.unsqueeze(1), self)
         return value + bound[:, 0], rows[:, 0]
 
-    def lines(self, state: State, kind: Activation, node: Node, A: Any) -> Lines:
+    def pulled(self, state: State, kind: Activation, node: Node, A: Rows) -> tuple[Rows, Tensor]:
         layer = self.problem.layers.get(node.name)
-        out = state.env[node.name]
-        if layer is None:
-            z = state.env[node.operands[0]]
-            return deviations(state, kind, node, state.boxes[node.operands[0]], z, out, None)
-        box = Interval(*(v[:, layer.span] for v in self.box))
-        lines = deviations(state, kind, node, box, layer.z, layer.out, self._numbers(layer))
-        n = len(box.lower)
+        if layer is None or isinstance(A, Patch):
+            parts, bias = activation(state, kind, node, A, split=False)
+            return parts[0], bias
+        lines, every = self.lines(layer), flat(A, 2)[:, 0]
         if self.watch:
-            self.seen[node.name] = flat(A, 2)[:, 0].index_select(1, layer.columns)
+            self.seen[node.name] = every.index_select(1, layer.columns)
             self.chosen[node.name] = lines
-        shape, mirror = (-1, 1, *out.shape[1:]), len(A) // n
-        wide = (
-            base.expand(n, -1).index_copy(1, layer.columns, v.expand(n, -1))
-            for base, v in zip(layer.base, lines, strict=True)
+        if len(every) > len(self.domains):
+            lines = Lines(*(v.repeat(len(every) // len(self.domains), 1) for v in lines))
+        rows, bias = Bend.apply(every, *lines, layer.columns, layer.slope)  # type: ignore[no-untyped-call]
+        if layer.offset is not None:
+            bias = bias + every @ layer.offset
+        if layer.gap is not None:
+            bias = bias - every.abs() @ (0.5 * layer.gap)
+        bias = self._constrain(layer, rows, bias)
+        return rows.reshape(A.shape), bias.unsqueeze(1)
+
+    def lines(self, layer: Layer) -> Lines:
+        """The lines of a layer's undecided elements, (n, U) each."""
+        first, second = self._numbers(layer)
+        state = self.problem.state
+        box = Interval(*(v[:, layer.span] for v in self.box))
+
+        def at(lower: Tensor, upper: Tensor) -> Lines:
+            return deviations(
+                state, layer.kind, layer.node, box, layer.z, layer.out, (lower, upper)
+            )
+
+        if state.rigorous or not layer.affine or not torch.is_grad_enabled():
+            return at(first, second)
+        name = layer.node.name
+        if name not in self.ends:  # the same for every step
+            with torch.no_grad():
+                zero = torch.zeros_like(box.lower)
+                pairs = zip(at(zero, zero), at(zero + 1, zero + 1), strict=True)
+                self.ends[name] = [
+                    (start, None if torch.equal(start, end) else end - start)
+                    for start, end in pairs
+                ]
+        numbers = (first, first, second, second)
+        return Lines(
+            *(
+                start if change is None else torch.addcmul(start, change, number)
+                for (start, change), number in zip(self.ends[name], numbers, strict=True)
+            )
         )
-        return Lines(*((v.repeat(mirror, 1) if mirror > 1 else v).reshape(shape) for v in wide))
 
     def _numbers(self, layer: Layer) -> tuple[Tensor, Tensor]:
         start = 0
@@ -372,23 +425,22 @@ class Batch:
         second = self.choice[:, start + width : start + 2 * width]
         return first, first if layer.sides == 1 else second
 
-    def constraint(self, state: State, node: Node) -> tuple[Tensor, Tensor] | None:
-        """Σ multiplier·side·(v − point) over the splits of this node's operand."""
-        layer = self.problem.layers.get(node.name)
+    def _constrain(self, layer: Layer, rows: Tensor, bias: Tensor) -> Tensor:
+        """Take Σ multiplier·side·(v − point) over the splits of this layer's operand v from ``rows``, in place, and its
+        constant from ``bias``."""
         where = self.domains.where
-        if layer is None or self.fresh or not where.shape[1]:
-            return None
+        if self.fresh or not where.shape[1]:
+            return bias
         here = (where >= layer.span.start) & (where < layer.span.stop)
         local = torch.where(here, where - layer.span.start, 0)
         m = torch.where(here, self.multiplier * self.sign, 0.0)
-        z = layer.z[local]
-        constant = (m * (z - self.at)).sum(1)
+        z, columns, state = layer.z[local], layer.columns[local], self.problem.state
+        bias = bias - (m * (z - self.at)).sum(1)
+        rows.scatter_add_(1, columns, -m)
         if state.rigorous:
+            depth = where.shape[1]
             size = (m.abs() * (z.abs() + self.at.abs())).sum(1)
-            constant = constant + state.gamma(where.shape[1] + 4) * size
-        columns = layer.columns[local]
-        dense = m.new_zeros(len(m), state.env[node.operands[0]][0].numel())
-        dense = dense.scatter_add(1, columns, m)
-        return dense.reshape(len(m), 1, *state.env[node.operands[0]].shape[1:]), constant.unsqueeze(
-            1
-        )
+            far = flat(state.once("deviation", layer.node.operands[0], deviation))[0]
+            lost = rows.abs() @ far + (m.abs() * far[columns]).sum(1)
+            bias = bias - state.gamma(depth + 4) * size - state.gamma(depth + 2) * lost
+        return bias

@@ -27,9 +27,9 @@ from calipers.graph.lower import (
     SHAPED,
     SPLITS,
     VIEWS,
-    Call,
     splits,
 )
+from calipers.graph.lower.calls import Call
 from calipers.graph.primitives import constant, identity, reshape, slice_
 
 REMEDY = (

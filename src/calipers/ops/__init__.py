@@ -67,12 +67,14 @@ class Step:
     Args:
         perturbed: the numbers of the operands that depend on the input.
         reads: their names.
+        places: where they stand among the node's arguments; None where one is in a list.
     """
 
     node: Node
     kind: Kind | None
     perturbed: tuple[int, ...]
     reads: tuple[str, ...]
+    places: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ class Facts:
 
 def _step(graph: Graph, node: Node) -> Step:
     perturbed = tuple(i for i, name in enumerate(node.operands) if name in graph.active)
-    return Step(node, kind_of(graph, node), perturbed, tuple(node.operands[i] for i in perturbed))
+    reads = tuple(node.operands[i] for i in perturbed)
+    places = tuple(i for i, name in node.slots if name in graph.active)
+    whole = len(places) == len(reads)
+    return Step(node, kind_of(graph, node), perturbed, reads, places if whole else None)
 
 
 def facts(graph: Graph) -> Facts:

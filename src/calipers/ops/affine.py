@@ -62,6 +62,27 @@ def _einsum_terms(x: Tensor, y: Tensor, equation: str) -> int:
 # -- convolutions --------------------------------------------------------------------------------------
 
 
+SMALL = 1 << 19  # products; with fewer, a convolution takes less time than what goes with it
+FEW = 32  # rows; with fewer, a call for every place of a kernel does not pay
+
+
+def convolve(
+    x: Tensor, w: Tensor, b: Tensor | None = None, stride: Any = 1, padding: Any = 0, *rest: Any
+) -> Tensor:
+    """`torch.conv2d`, by one matrix product where it is small (on a CPU, and without gradients); torch does so itself
+    for kernels up to 3 x 3."""
+    plain = rest in ((), (1, 1), ((1, 1), 1), ([1, 1], 1)) and not isinstance(padding, str)
+    plain = plain and min(w.shape[2:]) > 3
+    steps = _tuple(stride, 2)
+    products = x.numel() * w.numel() // max(1, w.shape[1] * math.prod(steps))
+    tracked = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    if not plain or tracked or products > SMALL or x.ndim != 4 or x.device.type != "cpu":
+        return torch.conv2d(x, w, b, stride, padding, *rest)
+    kernel, sides = list(w.shape[2:]), list(_tuple(padding, 2))
+    y: Tensor = torch.ops.aten.thnn_conv2d(x, w, kernel, b, list(steps), sides)
+    return y
+
+
 def _conv_magnitude(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def magnitude(scale: float, x: Tensor, w: Tensor, b: Any = None, *rest: Any) -> Tensor:
         return op(x, w.abs(), _scaled(b, scale), *rest)
@@ -93,7 +114,26 @@ def pull_back(
         )
     ]
     columns = torch.matmul(w.flatten(1).T, A.flatten(2))
-    return F.fold(columns, tuple(size), kernel, dilation, padding, stride)
+    if columns.requires_grad or len(A) < FEW:
+        return F.fold(columns, tuple(size), kernel, dilation, padding, stride)
+    return _scattered(
+        columns.reshape(len(A), w.shape[1], *kernel, *A.shape[2:]), size, stride, padding, dilation
+    )
+
+
+def _scattered(
+    columns: Tensor, size: list[int], stride: Shape, padding: Shape, dilation: Shape
+) -> Tensor:
+    """`F.fold` of columns (R, C, ky, kx, y, x), several times faster: one sum for each place of the kernel."""
+    rows, channels, ky, kx, y, x = columns.shape
+    (sy, sx), (py, px), (dy, dx) = stride, padding, dilation
+    whole = columns.new_zeros(rows, channels, size[0] + 2 * py, size[1] + 2 * px)
+    for i in range(ky):
+        for j in range(kx):
+            lines = slice(i * dy, i * dy + (y - 1) * sy + 1, sy)
+            places = slice(j * dx, j * dx + (x - 1) * sx + 1, sx)
+            whole[:, :, lines, places] += columns[:, :, i, j]
+    return whole[:, :, py : py + size[0], px : px + size[1]]
 
 
 def _conv_transpose(transposed: Callable[..., Tensor], n: int) -> Callable[..., Tensor | None]:
@@ -333,7 +373,10 @@ AFFINE: dict[Callable[..., Any], Affine] = {
         _conv_magnitude(torch.conv1d), _conv_transpose(F.conv_transpose1d, 1), terms=_conv_terms
     ),
     torch.conv2d: Affine(
-        _conv_magnitude(torch.conv2d), _conv_transpose(F.conv_transpose2d, 2), terms=_conv_terms
+        _conv_magnitude(convolve),
+        _conv_transpose(F.conv_transpose2d, 2),
+        terms=_conv_terms,
+        run=convolve,
     ),
     torch.conv3d: Affine(
         _conv_magnitude(torch.conv3d), _conv_transpose(F.conv_transpose3d, 3), terms=_conv_terms

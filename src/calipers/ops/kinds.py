@@ -54,6 +54,7 @@ class Affine:
             at most gamma_n times the sum of magnitudes. 0 where numbers only move.
         separable: each output depends on one input element, so interval bounds stay exact.
         perturbed: which arguments may depend on the input: only the "first", any "one" of them, or "any".
+        run: the op where another way of computing it is faster for bounds; None: as it is.
     """
 
     magnitude: Callable[..., Tensor] | None = None
@@ -62,6 +63,7 @@ class Affine:
     terms: Callable[..., int] = no_terms
     separable: bool = False
     perturbed: str = "first"
+    run: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,12 @@ class Tuned:
         lines: ``(interval, lower, upper, *args) -> Lines``, sound for any choice, equal to f where it is linear on the
             interval; ``lower`` and ``upper`` may have more leading dimensions than the interval.
         start: ``(interval, *args) -> (lower, upper)``: the choice at which to start optimising.
+        affine: slopes and offsets are affine functions of the choice.
     """
 
     lines: Callable[..., Lines]
     start: Callable[..., tuple[Tensor, Tensor]]
+    affine: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,14 +61,14 @@ def _kink_tuned(left: float, right: float) -> Tuned:
         choice = (x.upper > -x.lower).to(x.lower.dtype)
         return choice, choice
 
-    return Tuned(lines, start)
+    return Tuned(lines, start, affine=True)
 
 
 def _leaky_tuned() -> Tuned:
     def lines(x: Interval, lower: Tensor, upper: Tensor, slope: float = 0.01) -> Lines:
         return _kink_tuned(slope, 1.0).lines(x, lower, upper)
 
-    return Tuned(lines, lambda x, *_: _kink_tuned(0.0, 1.0).start(x))
+    return Tuned(lines, lambda x, *_: _kink_tuned(0.0, 1.0).start(x), affine=True)
 
 
 def _one_sided(x: Interval, *_: Any) -> Tensor:
@@ -82,6 +82,14 @@ def _relu_relax(x: Interval) -> Lines:
     below, above = down.clamp_min(0.0), u.clamp_min(0.0)
     slope = above / (above + below).clamp_min(torch.finfo(l.dtype).tiny)
     return Lines((u > down).to(l.dtype), torch.zeros_like(l), slope, slope * below)
+
+
+def _relu_lines(x: Interval, lower: Tensor, _upper: Tensor) -> Lines:
+    """`_kink_tuned` for a relu, in fewer operations."""
+    l, u = x
+    known = _relu_relax(x)
+    active, alive = (l >= 0).to(l.dtype), (u > 0).to(l.dtype)
+    return known._replace(lower_slope=lower.clamp(active, alive))
 
 
 def _leaky_image(x: Interval, slope: float = 0.01) -> Interval:
@@ -233,7 +241,7 @@ PIECEWISE: dict[Callable[..., Any], Activation] = {
         _relu_relax,
         _one_sided,
         lambda: Pieces((0.0,), (0.0, 1.0), 0.0),
-        tuned=_kink_tuned(0.0, 1.0),
+        tuned=Tuned(_relu_lines, _kink_tuned(0.0, 1.0).start, affine=True),
     ),
     F.leaky_relu: Activation(
         _leaky_image,

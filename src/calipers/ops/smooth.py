@@ -40,7 +40,7 @@ class Curve:
         turns: where f has an extremum; a function of the interval to range where they repeat.
         domain: ends of where f is defined, which need not belong to it.
         hole: a point where f is not defined.
-        widest: the width from which on lines are constant.
+        wide: lines for intervals of the width ``widest`` or more, which hold more than these stretches.
     """
 
     f: Function
@@ -51,6 +51,7 @@ class Curve:
     domain: tuple[float, float] = (-math.inf, math.inf)
     hole: float | None = None
     widest: float = math.inf
+    wide: Callable[[Interval, Tensor, Tensor], list[Tensor]] | None = None
 
     @property
     def everywhere(self) -> bool:
@@ -182,12 +183,13 @@ def _sides(curve: Curve, x: Interval) -> tuple[_Touching, _Touching]:
     return below, _tangents(curve.f, curve.slope, concave, x)
 
 
-def _start(side: _Touching, x: Interval) -> Tensor:
+def _start(curve: Curve, side: _Touching, x: Interval) -> Tensor:
     """The share of the way at which the tangent point is nearest to the middle: tighter on average."""
     reach = side.last - side.first
     middle = x.lower + (x.upper - x.lower) / 2
     share = (middle - side.first) / torch.where(reach > 0, reach, 1.0)
-    return torch.where(reach > 0, share, 0.0).clamp(0.0, 1.0)
+    share = torch.where(reach > 0, share, 0.0).clamp(0.0, 1.0)
+    return torch.where(x.upper - x.lower < curve.widest, share, 0.5)
 
 
 def _lines(
@@ -203,11 +205,14 @@ def _lines(
             point = torch.where(side.found, inside, point)
         slope = torch.where(side.found, curve.slope(point), steep)
         ends += [slope, curve.f(point) - slope * point]
+    if curve.wide is not None and bool((wide := u - l >= curve.widest).any()):
+        others = curve.wide(x, lower, upper)
+        ends = [torch.where(wide, w, e) for w, e in zip(others, ends, strict=True)]
     good = torch.isfinite(ends[0] + ends[1] + ends[2] + ends[3])
     if not curve.everywhere:
         good = good & ~undefined(curve, x)
     if math.isfinite(curve.widest):
-        good = good & (u - l < curve.widest) & _near(x)
+        good = good & _near(x)
     return Lines(*(ends if bool(good.all()) else _constant(curve, x, ends, good)))
 
 
@@ -234,15 +239,16 @@ def activation(
     def relax(x: Interval, *args: Any) -> Lines:
         curve = curve_of(*args)
         sides = _sides(curve, x)
-        return _lines(curve, x, sides, _start(sides[0], x), _start(sides[1], x))
+        return _lines(curve, x, sides, *(_start(curve, side, x) for side in sides))
 
     def lines(x: Interval, lower: Tensor, upper: Tensor, *args: Any) -> Lines:
         curve = curve_of(*args)
         return _lines(curve, x, _sides(curve, x), lower, upper)
 
     def start(x: Interval, *args: Any) -> tuple[Tensor, Tensor]:
-        below, above = _sides(curve_of(*args), x)
-        return _start(below, x), _start(above, x)
+        curve = curve_of(*args)
+        below, above = _sides(curve, x)
+        return _start(curve, below, x), _start(curve, above, x)
 
     def point(x: Interval, *args: Any) -> Tensor:
         same = x.lower == x.upper
@@ -265,19 +271,65 @@ def _near(x: Interval) -> Tensor:
     return torch.maximum(x.lower.abs(), x.upper.abs()) <= FAR
 
 
+TURN = 2 * math.pi
+
+
+def _crest_line(
+    f: Function, slope: Function, peak: float, x: Interval, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Slope and offset of a line above f(z) = cos(z − peak) on an interval of any width.
+
+    For a slope m the largest f(z) − m·z lies at an end, or where f' = m on the first crest (on the last one if m < 0):
+    so any slope has its exact offset. At ``share`` 1/2 it is that of the concave hull at the middle, whose line is
+    the lowest on average; towards 0 and 1 it turns by one.
+    """
+    l, u = x
+    middle = l + (u - l) / 2
+
+    def crest(m: Tensor) -> Tensor:
+        lean = peak - torch.asin(m)
+        first = lean + TURN * torch.ceil((l - lean) / TURN)
+        last = lean + TURN * torch.floor((u - lean) / TURN)
+        return torch.minimum(torch.maximum(torch.where(m >= 0, first, last), l), u)
+
+    with torch.no_grad():
+        low, high = torch.full_like(l, -1.0), torch.ones_like(l)
+        left, right = l.clone(), u.clone()  # where lines of too small and too large a slope touch
+        for _ in range(STEPS[l.dtype.itemsize > 4]):
+            m = (low + high) / 2
+            points = torch.stack([l, crest(m), u])
+            best = (f(points) - m * points).argmax(0, keepdim=True)
+            point = points.gather(0, best)[0]
+            after = point > middle
+            low, high = torch.where(after, m, low), torch.where(after, high, m)
+            left, right = torch.where(after, left, point), torch.where(after, point, right)
+    # both points are ends, or touched by the line, so that its slope does not move with them
+    left, right = torch.where(left <= l, l, left), torch.where(right >= u, u, right)
+    apart = right - left > 1e-3
+    span = torch.where(apart, right - left, 1.0)
+    m = torch.where(apart, (f(right) - f(left)) / span, slope(middle))
+    m = (m + (2 * share - 1)).clamp(-1.0, 1.0)
+    point = crest(m.detach()).detach()
+    inside = torch.where((point > l) & (point < u), f(point) - m * point, -math.inf)
+    return m, torch.maximum(torch.maximum(f(l) - m * l, f(u) - m * u), inside)
+
+
 def _wave(f: Function, slope: Function, peak: float) -> Curve:
     """A function of period 2π between −1 and 1, largest at ``peak`` and symmetric about it."""
 
     def stretch(x: Interval, middle: float) -> tuple[Stretch, ...]:
-        turn = 2 * math.pi
-        center = middle + turn * torch.round(((x.lower + x.upper) / 2 - middle) / turn)
+        center = middle + TURN * torch.round(((x.lower + x.upper) / 2 - middle) / TURN)
         return ((center - math.pi / 2, center + math.pi / 2),)
 
     def holds(x: Interval, at: float) -> Tensor:
         """Whether some at + 2πk lies in the interval, or within rounding of it."""
-        turn, eps = 2 * math.pi, 4 * torch.finfo(x.lower.dtype).eps
-        low, high = (x.lower - at) / turn, (x.upper - at) / turn
+        eps = 4 * torch.finfo(x.lower.dtype).eps
+        low, high = (x.lower - at) / TURN, (x.upper - at) / TURN
         return torch.ceil(low - eps * (1 + low.abs())) <= torch.floor(high + eps * (1 + high.abs()))
+
+    def wide(x: Interval, lower: Tensor, upper: Tensor) -> list[Tensor]:
+        below = _crest_line(lambda z: -f(z), lambda z: -slope(z), peak + math.pi, x, lower)
+        return [-below[0], -below[1], *_crest_line(f, slope, peak, x, upper)]
 
     def turns(x: Interval) -> Interval:
         first, last = f(x.lower), f(x.upper)
@@ -292,6 +344,7 @@ def _wave(f: Function, slope: Function, peak: float) -> Curve:
         partial(stretch, middle=peak + math.pi),
         turns,
         widest=math.pi,
+        wide=wide,
     )
 
 

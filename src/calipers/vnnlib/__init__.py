@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -20,14 +21,16 @@ from calipers.errors import SpecError
 from calipers.vnnlib.assignment import format_assignment as format_assignment
 from calipers.vnnlib.assignment import parse_assignment as parse_assignment
 from calipers.vnnlib.assignment import read_assignment as read_assignment
+from calipers.vnnlib.assignment import read_decimals as read_decimals
 from calipers.vnnlib.lowering import Case as Case
 from calipers.vnnlib.lowering import Lift as Lift
 from calipers.vnnlib.lowering import lower
 from calipers.vnnlib.reader import MAX_BYTES, Text, Variable, parse, read
 from calipers.vnnlib.tree import Node as Node
+from calipers.vnnlib.tree import decimals
 from calipers.vnnlib.tree import holds as holds
 
-Values = Tensor | Sequence[float | Fraction]
+Values = Tensor | Sequence[float | Fraction | Decimal]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,17 @@ class Query:
         """
         return holds(self.tree, _flat(x), _flat(y), dtype=dtype, tolerance=tolerance)
 
+    def decimals(self, x: Tensor, y: Tensor) -> list[Decimal] | None:
+        """How to write inputs ``x`` so that, with outputs ``y``, what is written is a counterexample exactly.
 
-def _flat(values: Values) -> Sequence[float | Fraction]:
+        They round to ``x`` in the network's precision; where that has no number inside a bound, it is the bound's own.
+        None if there are none.
+        """
+        inputs, outputs = (v.detach().double().flatten().tolist() for v in (x, y))
+        return decimals(self.tree, inputs, outputs, self.dtype or torch.float64)
+
+
+def _flat(values: Values) -> Sequence[float | Fraction | Decimal]:
     return values.detach().double().flatten().tolist() if isinstance(values, Tensor) else values
 
 

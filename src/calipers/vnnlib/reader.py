@@ -23,7 +23,7 @@ from calipers.vnnlib.tree import ARITHMETIC, JUNCTIONS, RELATIONS, Node, Term, v
 MAX_BYTES = 128 * 2**20  # its tree takes some 50 times as much memory
 MAX_DEPTH = 100
 MAX_VARIABLES = 10**8
-_MAX_DIGITS, _MAX_EXPONENT = 1100, 400  # the longest exact float64 has 1,075 digits
+MAX_DIGITS, MAX_EXPONENT = 1100, 400  # the longest exact float64 has 1,075 digits
 _DTYPES = {
     "real": None,
     "float16": torch.float16,
@@ -268,7 +268,7 @@ class _State:
                 known = self.names[token] = self.entry(token, at)
             return known
         _, _, exponent = token.lower().partition("e")
-        if len(token) > _MAX_DIGITS or abs(int(exponent or 0)) > _MAX_EXPONENT:
+        if len(token) > MAX_DIGITS or abs(int(exponent or 0)) > MAX_EXPONENT:
             raise self.source.error(at, f"the number {token[:30]}... has too many digits")
         if math.isinf(float(token)):
             raise self.source.error(at, f"{token[:30]} exceeds the largest float64")

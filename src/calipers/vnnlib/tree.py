@@ -56,8 +56,8 @@ class Affine(NamedTuple):
 
 def holds(
     tree: Node,
-    x: Sequence[float | Fraction],
-    y: Sequence[float | Fraction],
+    x: Sequence[float | Fraction | Decimal],
+    y: Sequence[float | Fraction | Decimal],
     *,
     dtype: torch.dtype | None = None,
     tolerance: Fraction = _NONE,
@@ -101,6 +101,41 @@ def holds(
         return near and all(v >= 0 for v in variables(node))
 
     return true(tree)
+
+
+def decimals(
+    tree: Node, x: Sequence[float], y: Sequence[float], dtype: torch.dtype
+) -> list[Decimal] | None:
+    """Decimals that round to ``x`` in ``dtype``, and at which the tree is true exactly.
+
+    Where the shortest decimal of an input breaks a bound that rounds to the input, that bound takes its place: what is
+    left of X_0 = 0.1 is 0.1 itself.
+
+    Returns:
+        None if that makes the tree true neither.
+    """
+    found = [Decimal(repr(v)) for v in x]
+    for node in _bounds(tree, x, y, dtype):
+        (i,) = variables(node)
+        (literal,) = (a for a in node.args if isinstance(a, Decimal))
+        ends = [Fraction(literal if isinstance(a, Decimal) else found[i]) for a in node.args]
+        if not RELATIONS[node.op](*ends) and nearest(literal, dtype) == x[i]:
+            found[i] = literal
+    return found if holds(tree, found, y) else None
+
+
+def _bounds(
+    node: Node, x: Sequence[float], y: Sequence[float], dtype: torch.dtype
+) -> Iterator[Node]:
+    """The bounds of inputs that make the tree true as rounded to ``dtype``: of a disjunction those of one part."""
+    parts = [a for a in node.args if isinstance(a, Node)]
+    if node.op == "or":
+        parts = [a for a in parts if holds(a, x, y, dtype=dtype)][:1]
+    if node.op in JUNCTIONS:
+        for part in parts:
+            yield from _bounds(part, x, y, dtype)
+    elif is_bound(node):
+        yield node
 
 
 def is_bound(node: Node) -> bool:
