@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from scipy.optimize import linprog
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 from attack_checks import EPS, INF, K, batch, margins, network
 from calipers import Spec, ThreatModel, apgd, search
-from calipers.attacks.cascade import Stage
+from calipers.attacks.cascade import Found, Stage
+from calipers.attacks.crossing import Crossing
 from calipers.searches import norm, shortest
 from calipers.seeds import seeds
 
@@ -85,6 +88,23 @@ def test_members_only_and_the_true_margin(p: float) -> None:
     torch.testing.assert_close(found.margin, margins(net, spec, found.points), rtol=0, atol=1e-12)
     plain = margins(net, spec, apgd(net, region, spec, dtype=x.dtype)) <= 0
     assert found.broken.sum() >= plain.sum() - 1
+
+
+def crossed(p: float) -> Found:
+    net = network()
+    x, y = batch(net, 40)
+    region, spec = ThreatModel(p, 0.6 * EPS[p]).around(x), Spec.label(y, K)
+    level = (Stage(80, "cross", targets=1),)
+    return search(net, region, spec, level=level, dtype=x.dtype, seeds=seeds(x, 0, "t"))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_only_searches_without_hope_are_given_up(p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    near = crossed(p)
+    monkeypatch.setattr(sys.modules[Crossing.__module__], "REACH", float("inf"))
+    everything = crossed(p)
+    assert near.broken.sum() >= everything.broken.sum() - 2
+    assert near.passes.sum() < 0.8 * everything.passes.sum()
 
 
 class Masked(nn.Module):

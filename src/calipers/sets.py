@@ -460,9 +460,15 @@ class Region:
         return stuck if bool(stuck.any()) else None
 
     def ascend(
-        self, x: Tensor, g: Tensor, length: float | Tensor, *, plain: bool = False
+        self,
+        x: Tensor,
+        g: Tensor,
+        length: float | Tensor,
+        *,
+        plain: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """project(x + length·steepest(g)), or project(x + length·g) if ``plain``: one step of an attack.
+        """project(x + length·steepest(g)), or project(x + length·g) if ``plain``: one step of an attack, into ``out``.
 
         On a grid a step that is shorter than a level in every feature is lengthened to one, lest it be rounded away;
         attacks do better to walk in `relaxed` and `snap` what they find.
@@ -475,11 +481,12 @@ class Region:
             peak = (direction * length).flatten(1).abs().amax(1).clamp_min(1e-30)
             share = (float(self.grid) / peak).clamp_min(1.0)
             direction = direction * share.view(-1, *[1] * (direction.ndim - 1))
-        x = torch.add(x, direction, alpha=length)
+        x = torch.add(x, direction, alpha=length, out=out)
         if self.p == math.inf and self.levels is None:
             low, high = self.inner(x.dtype)
             return x.clamp_(low, high)
-        return self.project(x)
+        point = self.project(x)
+        return point if out is None else out.copy_(point)
 
     def sample(self, seeds: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """One random member per example: uniform in the box (p = inf), or uniform in the ball, then projected.

@@ -125,12 +125,14 @@ class Spec:
         return start.scatter_reduce(-1, self.clause.expand_as(values), values, "amax")
 
     def margin_at(self, y: Tensor) -> Tensor:
-        """The margin of outputs ``y`` (B, K): (B,)."""
+        """The margin of outputs ``y`` (..., B, K): (..., B)."""
         if self.of_label is None:
+            if y.ndim > 2:
+                return torch.stack([self.margin_at(part) for part in y])
             return self.margin(self.values(y))
-        label = self.of_label.unsqueeze(1)
-        rivals = y.scatter(1, label, -math.inf)
-        return (y.gather(1, label) - rivals.amax(1, keepdim=True)).squeeze(1)
+        label = self.of_label.unsqueeze(1).expand(*y.shape[:-1], 1)
+        rivals = y.scatter(-1, label, -math.inf)
+        return (y.gather(-1, label) - rivals.amax(-1, keepdim=True)).squeeze(-1)
 
     def violated(self, y: Tensor) -> Tensor:
         """Whether outputs ``y`` break the specification: (B,) bool. NaN outputs do not count as a violation."""

@@ -70,14 +70,14 @@ _LINF = (
 _L2 = (
     Stage(10),
     Stage(60, "cross", targets=1),
-    Stage(20, targets=3),
-    Stage(100, "cross", targets=9, close=0.5),
+    Stage(100, "cross", targets=9),
 )
 _L1 = (
     Stage(20),
     Stage(80, "cross", targets=1),
-    Stage(30, targets=3),
-    Stage(100, "cross", targets=9, close=0.5),
+    Stage(50, targets=4),
+    Stage(100, "cross", targets=9),
+    Stage(100, targets=4, close=0.25),
 )
 
 LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {

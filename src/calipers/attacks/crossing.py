@@ -3,6 +3,9 @@
 Where a network hides its gradients near an example, ascent from inside the region sees nothing; from beyond the
 boundary the way back is plain. A search steps onto the linearised boundary, by the shortest way in the region's norm
 and inside its box, drawn a little towards the example; beyond the boundary it goes back part of the way.
+
+How near its best point beyond the boundary is tells early whether a search can still come inside: each doubling of
+the steps mostly gains less than the one before, so one that lacks far more than the last doubling gained is given up.
 """
 
 from __future__ import annotations
@@ -22,11 +25,14 @@ from calipers.spec import Spec
 OVERSHOOT = 1.05  # beyond the linearised boundary
 DRAWN = 0.1  # the largest weight of the example's own projection
 BACK = 0.9  # the share of the way that is kept once the boundary is crossed
+FIRST = 4  # steps before searches are first compared with the radius
+REACH = 4.0  # how many times the gain of the last doubling a search may lack
 
 
 @dataclass
 class Crossing(Rows):
-    """One row per search; ``best`` is its nearest point beyond the boundary, ``size`` that point's distance."""
+    """One row per search; ``best`` is its nearest point beyond the boundary, ``size`` that point's distance and
+    ``known`` what it was when half the steps were done."""
 
     region: Region
     spec: Spec
@@ -38,6 +44,7 @@ class Crossing(Rows):
     x: Tensor
     best: Tensor
     size: Tensor
+    known: Tensor
 
 
 def cross(
@@ -52,8 +59,8 @@ def cross(
     *,
     steps: int,
 ) -> None:
-    """Searches from ``x`` (R, *x), one per row; the last fifth of the steps ascends inside the region from the member
-    nearest to each search's best. What they find inside goes to ``record``.
+    """Searches from ``x`` (R, *x), one per row, those without hope given up early; the last fifth of the steps ascends
+    inside the region from the member nearest to each search's best. What they find inside goes to ``record``.
 
     For linf the region is its own box, so that there is no outside: searches stay within.
     """
@@ -62,7 +69,7 @@ def cross(
     low, high = (side.flatten(1) for side in region.inner(x.dtype))
     center = region.center.to(x.dtype).flatten(1)
     rows = Crossing(
-        owner, region, spec, target, center, low, high, region.eps.to(x.dtype), flat, flat, far
+        owner, region, spec, target, center, low, high, region.eps.to(x.dtype), flat, flat, far, far
     )
     tail = steps // 5
     if not _walk(model, rows, objective, record, steps=steps - tail) or not tail:
@@ -73,9 +80,9 @@ def cross(
 
 
 def _walk(model: Model, rows: Crossing, objective: Loss, record: Record, *, steps: int) -> bool:
-    """The walk itself; whether rows are left whose examples are not broken."""
+    """The walk itself; whether rows are left that may still come inside."""
     shape, p = rows.region.center.shape[1:], rows.region.p
-    for _ in range(steps):
+    for done in range(1, steps + 1):
         point = rows.x.view(-1, *shape)
         gradient, margin, loss = look(model, objective, rows.spec, point, rows.target)
         broken = margin <= 0
@@ -99,7 +106,22 @@ def _walk(model: Model, rows: Crossing, objective: Loss, record: Record, *, step
         rows.x = torch.where(broken.unsqueeze(1), back, step)
         if not rows.shrink(record, margin):
             return False
+        if done >= FIRST and not done & (done - 1) and not _hopeful(rows):
+            return False
     return True
+
+
+def _hopeful(rows: Crossing) -> bool:
+    """Give up the searches that cannot come inside at the rate of the last doubling; whether any is left.
+
+    One that has not crossed the boundary at all has no rate, and goes on.
+    """
+    lacks = rows.size - rows.eps
+    index = torch.nonzero(~(lacks > REACH * (rows.known - rows.size))).flatten()
+    rows.known = rows.size
+    if 0 < len(index) < len(lacks):
+        rows.keep(index)
+    return len(index) > 0
 
 
 def _onto(rows: Crossing, x: Tensor, g: Tensor, gap: Tensor, p: float) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.losses import Loss, suited
-from calipers.attacks.search import Model, Record, Rows, look, required
+from calipers.attacks.search import Model, Record, Rows, Trail, look, required, slope
 from calipers.errors import unknown_name
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -119,15 +119,33 @@ def _ascend(
     drop: bool,
 ) -> None:
     """One run; with ``drop`` the working set shrinks as examples are broken."""
+    if not drop:
+        _whole(model, rows, objective, best, steps=steps, plain=plain)
+        return
     for _ in range(steps):
         gradient, margin, _ = look(model, objective, rows.spec, rows.x)
-        best.update(rows.owner, rows.x, margin, first=drop)
+        best.update(rows.owner, rows.x, margin, first=True)
         direction = gradient if plain else _unblocked(rows.region, rows.x, gradient)
         rows.x = rows.region.ascend(rows.x, direction, rows.length, plain=plain)
-        if drop and not rows.shrink(best, margin):
+        if not rows.shrink(best, margin):
             return
     with torch.no_grad():
-        best.update(rows.owner, rows.x, rows.spec.margin_at(model(rows.x)), first=drop)
+        best.update(rows.owner, rows.x, rows.spec.margin_at(model(rows.x)), first=True)
+
+
+def _whole(
+    model: Model, rows: _Rows, objective: Loss, best: Record, *, steps: int, plain: bool
+) -> None:
+    """The same for all examples to the end, where nothing has to be known from step to step."""
+    region, trail = rows.region, Trail(best, rows.spec, rows.x)
+    for _ in range(steps):
+        x = trail.here
+        gradient, outputs = slope(model, objective, rows.spec, x)
+        direction = gradient if plain else _unblocked(region, x, gradient)
+        region.ascend(x, direction, rows.length, plain=plain, out=trail.note(outputs))
+    with torch.no_grad():
+        trail.note(model(trail.here))
+    trail.settle()
 
 
 def _unblocked(region: Region, x: Tensor, gradient: Tensor) -> Tensor:

@@ -103,11 +103,14 @@ def suited(loss: str | Loss, spec: Spec, *, targeted: bool = False) -> Loss:
 
 
 class Reading(NamedTuple):
-    """What outputs say: the loss's derivative with respect to them (B, K), the margin and the loss (B,)."""
+    """What outputs say: the loss's derivative with respect to them (B, K), the margin and the loss (B,).
+
+    The last two are functions, since not every attack asks.
+    """
 
     toward: Tensor
-    margin: Tensor
-    loss: Callable[[], Tensor]  # not every attack asks
+    margin: Callable[[], Tensor]
+    loss: Callable[[], Tensor]
 
 
 def read(loss: Loss, y: Tensor, spec: Spec, target: Tensor | None = None) -> Reading:
@@ -126,7 +129,7 @@ def read(loss: Loss, y: Tensor, spec: Spec, target: Tensor | None = None) -> Rea
         values = spec.values(leaf)
         each = loss(values, spec) if target is None else loss(values, spec, target)
         (toward,) = torch.autograd.grad(each.sum(), leaf)
-    return Reading(toward, spec.margin(values.detach()), each.detach)
+    return Reading(toward, lambda: spec.margin(values.detach()), each.detach)
 
 
 def output_gradient(loss: Loss, y: Tensor, spec: Spec) -> Tensor:
@@ -136,8 +139,6 @@ def output_gradient(loss: Loss, y: Tensor, spec: Spec) -> Tensor:
 
 def _cross_entropy(y: Tensor, label: Tensor, target: Tensor | None) -> Reading:
     """The label's entry is minus the sum of the others: probability − 1 is 0 in float32 from margins of 17 on."""
-    rivals = y.scatter(1, label, -torch.inf)
-    own = y.gather(1, label)
     toward = torch.softmax(y, 1)
     if target is None:
         toward.scatter_(1, label, 0.0)
@@ -146,21 +147,33 @@ def _cross_entropy(y: Tensor, label: Tensor, target: Tensor | None) -> Reading:
         toward.neg_().scatter_(1, target, 0.0)
         toward.scatter_(1, target, -toward.sum(1, keepdim=True))
 
+    def margin() -> Tensor:
+        return (y.gather(1, label) - _rivals(y, label).amax(1, keepdim=True)).squeeze(1)
+
     def value() -> Tensor:
-        loss = F.softplus(torch.logsumexp(rivals, 1, keepdim=True) - own, threshold=40.0)
+        own = y.gather(1, label)
+        rivals = torch.logsumexp(_rivals(y, label), 1, keepdim=True)
+        loss = F.softplus(rivals - own, threshold=40.0)
         return (loss if target is None else y.gather(1, target) - own - loss).squeeze(1)
 
-    return Reading(toward, (own - rivals.amax(1, keepdim=True)).squeeze(1), value)
+    return Reading(toward, margin, value)
+
+
+def _rivals(y: Tensor, label: Tensor) -> Tensor:
+    return y.scatter(1, label, -torch.inf)
 
 
 def _margin(y: Tensor, label: Tensor, target: Tensor | None) -> Reading:
-    top, rival = y.scatter(1, label, -torch.inf).max(1, keepdim=True)
+    top, rival = _rivals(y, label).max(1, keepdim=True)
     own = y.gather(1, label)
-    margin = (own - top).squeeze(1)
     toward = torch.zeros_like(y).scatter_(1, rival if target is None else target, 1.0)
     toward.scatter_(1, label, -1.0)
+
+    def margin() -> Tensor:
+        return (own - top).squeeze(1)
+
     if target is None:
-        return Reading(toward, margin, lambda: -margin)
+        return Reading(toward, margin, lambda: (top - own).squeeze(1))
     return Reading(toward, margin, lambda: (y.gather(1, target) - own).squeeze(1))
 
 

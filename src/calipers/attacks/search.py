@@ -57,8 +57,17 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         logits = traced(model, point, spec)
-    toward, margin, value = read(loss, logits.detach(), spec, target)
-    return Look(input_gradient(logits, point, toward), margin, value)
+    said = read(loss, logits.detach(), spec, target)
+    return Look(input_gradient(logits, point, said.toward), said.margin(), said.loss)
+
+
+def slope(model: Model, loss: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of a `look` and the outputs (R, K), which a `Trail` reads later, several at a time."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        logits = traced(model, point, spec)
+    outputs = logits.detach()
+    return input_gradient(logits, point, read(loss, outputs, spec).toward), outputs
 
 
 def calibrated(
@@ -140,6 +149,27 @@ class Record:
         self.points.index_copy_(0, target, points.index_select(0, rows))
         self.margin.index_copy_(0, target, margin.index_select(0, rows))
 
+    def take(self, points: Tensor, margins: Tensor) -> None:
+        """Take over what is better among several points of each example, as `update` would one after the other.
+
+        Args:
+            points: (k, B, *x), which may be overwritten afterwards.
+            margins: (k, B).
+        """
+        lowest, at = torch.where(margins < torch.inf, margins, torch.inf).min(0)
+        rows = torch.nonzero(lowest < self.margin).flatten()
+        if not len(rows):
+            return
+        count = len(lowest)
+        found = points.flatten(0, 1).index_select(0, at[rows] * count + rows)
+        if len(rows) == count:
+            self.points, self.margin, self.shared = found, lowest, False
+            return
+        if self.shared:
+            self.points, self.margin, self.shared = self.points.clone(), self.margin.clone(), False
+        self.points.index_copy_(0, rows, found)
+        self.margin.index_copy_(0, rows, lowest.index_select(0, rows))
+
     def _judged(self, owner: Tensor | None, points: Tensor, margin: Tensor) -> Tensor:
         """The margins of rows that look broken, by the judge: the search may run in a coarser precision."""
         doubtful = torch.nonzero(margin <= 0).flatten()
@@ -161,6 +191,45 @@ class Record:
     def alive(self) -> Tensor:
         """The examples that are not broken."""
         return torch.nonzero(~(self.margin <= 0)).flatten()
+
+
+TRAIL = 8  # points kept before the best are looked for
+TRAIL_BYTES = 2**24  # fewer where they are large, but two
+
+
+class Trail:
+    """The points of a run in which no row is dropped, and what it takes to record the best of them.
+
+    Between two passes of a network every small call costs several microseconds, and copying points costs more: so
+    margins are computed, and points copied, once every few steps. What is recorded is what `Record.update` would
+    have kept after every step.
+    """
+
+    def __init__(self, record: Record, spec: Spec, start: Tensor) -> None:
+        size = max(start.numel() * start.element_size(), 1)
+        self.points = start.new_empty((max(2, min(TRAIL, TRAIL_BYTES // size)), *start.shape))
+        self.record, self.spec, self.filled = record, spec, 0
+        self.outputs: Tensor | None = None
+        self.here = self.points[0].copy_(start)
+
+    def note(self, outputs: Tensor) -> Tensor:
+        """Take the outputs at the point `here`; returns the place of the next point, which is `here` from now on."""
+        if self.outputs is None:
+            self.outputs = outputs.new_empty((len(self.points), *outputs.shape))
+        self.outputs[self.filled].copy_(outputs)  # a model may use its own memory again
+        self.filled += 1
+        if self.filled == len(self.points):
+            self.settle()
+        self.here = self.points[self.filled]
+        return self.here
+
+    def settle(self) -> None:
+        """Record the best of what was noted."""
+        if self.outputs is None or not self.filled:
+            return
+        margins = self.spec.margin_at(self.outputs[: self.filled])
+        self.record.take(self.points[: self.filled], margins)
+        self.filled = 0
 
 
 def _lowest(rows: Tensor, owner: Tensor, margin: Tensor, known: Tensor) -> Tensor:
