@@ -7,6 +7,7 @@ bounds see what cancels, and a few comparisons in the place of thousands of ReLU
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -287,10 +288,13 @@ def _nonzero(table: Sparse) -> Sparse:
 
 
 def _quanta(numbers: Array) -> float:
-    """The largest of the numbers, in units of the largest power of two that all are multiples of."""
+    """The largest of the numbers, in units of the largest power of two that all are multiples of; inf where one is not
+    finite."""
     numbers = np.abs(numbers[numbers != 0])
     if not len(numbers):
         return 0.0
+    if not np.isfinite(numbers).all():
+        return math.inf
     mantissa, exponent = np.frexp(numbers)
     digits = (mantissa * EXACT).astype("i8")
     unit = (digits & -digits) * np.exp2(exponent - 53)
