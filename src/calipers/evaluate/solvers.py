@@ -28,7 +28,8 @@ from calipers.rounding import step
 from calipers.sets import Region
 from calipers.spec import Spec
 
-FEW = 12  # inputs that vary, up to which splitting them pays
+FEW = 16  # inputs that vary, up to which splitting them pays
+SOME = 32  # up to which it may help where splits of neurons do not
 MEMORY = 2 << 30  # bytes a search may work in, unless told otherwise
 
 
@@ -75,7 +76,8 @@ class Entry(NamedTuple):
 
 SOLVERS: tuple[Entry, ...] = (
     Entry("calipers.exact.inputs.split_inputs", lambda p: p.box and p.varying <= FEW, 0.7),
-    Entry("calipers.exact.branch.branch", lambda _: True, 0.8),
+    Entry("calipers.exact.branch.branch", lambda _: True, 0.7),
+    Entry("calipers.exact.inputs.split_inputs", lambda p: p.box and FEW < p.varying <= SOME, 0.7),
 )
 
 
