@@ -17,15 +17,26 @@ from calipers.attacks.losses import Loss
 from calipers.attacks.search import Look, Model, Record
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-TRUE_LOOK = gradient.look
+TRUE_LOOK, TRUE_SLOPE = gradient.look, gradient.slope
+
+
+def changed_gradient(patch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Wherever a gradient attack reads one; ``change`` sees the gradient and the points."""
+
+    def looked(model: Model, objective: Loss, spec: Spec, x: Tensor) -> Look:
+        seen = TRUE_LOOK(model, objective, spec, x)
+        return seen._replace(gradient=change(seen.gradient, x))
+
+    def sloped(model: Model, objective: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+        slope, outputs = TRUE_SLOPE(model, objective, spec, x)
+        return change(slope, x), outputs
+
+    patch.setattr(gradient, "look", looked)
+    patch.setattr(gradient, "slope", sloped)
 
 
 def sign_flipped(patch: pytest.MonkeyPatch) -> None:
-    def flipped(*args: object) -> Look:
-        seen = TRUE_LOOK(*args)  # type: ignore[arg-type]
-        return seen._replace(gradient=-seen.gradient)
-
-    patch.setattr(gradient, "look", flipped)
+    changed_gradient(patch, lambda slope, _: -slope)
 
 
 def projection_skipped(patch: pytest.MonkeyPatch) -> None:
@@ -34,10 +45,17 @@ def projection_skipped(patch: pytest.MonkeyPatch) -> None:
 
 
 def ascend(
-    self: Region, x: Tensor, gradient: Tensor, length: float | Tensor, *, plain: bool
+    self: Region,
+    x: Tensor,
+    gradient: Tensor,
+    length: float | Tensor,
+    *,
+    plain: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A step and its projection, one after the other, so that a fault in either shows."""
-    return self.project(x + length * (gradient if plain else self.steepest(gradient)))
+    point = self.project(x + length * (gradient if plain else self.steepest(gradient)))
+    return point if out is None else out.copy_(point)
 
 
 def box_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -57,11 +75,7 @@ def box_forgotten(patch: pytest.MonkeyPatch) -> None:
 def averaged_loss(patch: pytest.MonkeyPatch) -> None:
     """The mean over the batch instead of the sum: plain steps shrink with the batch."""
 
-    def averaged(model: Model, objective: Loss, spec: Spec, x: Tensor) -> Look:
-        seen = TRUE_LOOK(model, objective, spec, x)
-        return seen._replace(gradient=seen.gradient / len(x))
-
-    patch.setattr(gradient, "look", averaged)
+    changed_gradient(patch, lambda slope, x: slope / len(x))
 
 
 def last_kept(patch: pytest.MonkeyPatch) -> None:
@@ -73,7 +87,11 @@ def last_kept(patch: pytest.MonkeyPatch) -> None:
         self.points = self.points.index_copy(0, chosen, points)
         self.margin = self.margin.index_copy(0, chosen, margin)
 
+    def take(self: Record, points: Tensor, margins: Tensor) -> None:
+        self.points, self.margin = points[-1].clone(), margins[-1]
+
     patch.setattr(Record, "update", update)
+    patch.setattr(Record, "take", take)
 
 
 def one_seed_for_all(patch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def all_in_one(spec: Spec) -> Tensor:
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "choices beyond [0, 1]": (search, "as_bytes", lambda numbers: numbers * 1000),
+    "choices beyond [0, 1]": (search, "as_bytes", lambda numbers: numbers * 255 + 60),
     "negative multipliers": (search, "_step", unconstrained),
     "a child dropped": (Search, "split", one_child(Search.split)),
     "multipliers on the wrong side": (Search, "_children", wrong_side(Search._children)),

@@ -46,10 +46,7 @@ BOUNDS = (interval, crown_ibp, crown)
 FIRST = 0.05  # seconds of attack before any bound
 SECOND = 0.5  # seconds of attack before bounds are optimised
 ATTACK = 0.2  # the part of the time left that the attack before the complete search may take
-LONGEST, LONGEST_FEW = (
-    5.0,
-    1.0,
-)  # seconds of it at most; few inputs: searches find witnesses themselves
+LONGEST, LONGEST_FEW = 5.0, 0.5  # seconds of it at most; few inputs: searches find witnesses
 LAST = 10.0  # seconds of attack at most where searches give up before the time is up
 ROUNDS = 9  # batches of points of an attack where work is limited, not time
 PACE, LEAST_PACE = (
