@@ -144,10 +144,7 @@ class Record:
         if owner is not None:
             rows = _lowest(rows, owner, margin, self.margin)
             target = owner[rows]
-        if self.shared:
-            self.points, self.margin, self.shared = self.points.clone(), self.margin.clone(), False
-        self.points.index_copy_(0, target, points.index_select(0, rows))
-        self.margin.index_copy_(0, target, margin.index_select(0, rows))
+        self._put(target, points.index_select(0, rows), margin.index_select(0, rows))
 
     def take(self, points: Tensor, margins: Tensor) -> None:
         """Take over what is better among several points of each example, as `update` would one after the other.
@@ -165,10 +162,13 @@ class Record:
         if len(rows) == count:
             self.points, self.margin, self.shared = found, lowest, False
             return
+        self._put(rows, found, lowest.index_select(0, rows))
+
+    def _put(self, examples: Tensor, points: Tensor, margin: Tensor) -> None:
         if self.shared:
             self.points, self.margin, self.shared = self.points.clone(), self.margin.clone(), False
-        self.points.index_copy_(0, rows, found)
-        self.margin.index_copy_(0, rows, lowest.index_select(0, rows))
+        self.points.index_copy_(0, examples, points)
+        self.margin.index_copy_(0, examples, margin)
 
     def _judged(self, owner: Tensor | None, points: Tensor, margin: Tensor) -> Tensor:
         """The margins of rows that look broken, by the judge: the search may run in a coarser precision."""
