@@ -101,7 +101,7 @@ def dive(
     generator: torch.Generator,
     *,
     dtype: torch.dtype,
-    seconds: float = 0.03,
+    seconds: float = 0.05,
     few: int = 256,
     steps: int = 30,
 ) -> tuple[Tensor, Tensor]:
@@ -110,14 +110,14 @@ def dive(
     Where few inputs vary, many samples and few steps find more witnesses in the same time than few and many.
 
     Args:
-        seconds: that the samples may take, about, by the time that the first 64 take.
+        seconds: that the samples may take, about, by the time that a few take.
     """
     draw = _draws(region, dtype, generator)
     begin = time.perf_counter()
-    points, rows = draw(64)
+    points, rows = draw(few)
     with torch.no_grad():
         model(points)
-    pace = (time.perf_counter() - begin) / 64
+    pace = (time.perf_counter() - begin) / few
     many = int(min(MANY, seconds / pace, max(NUMBERS // points[0].numel(), few)))
     if many > len(points):
         points, rows = draw(many)

@@ -33,6 +33,7 @@ from calipers.spec import Spec
 
 SYMBOLS = 128  # that an activation may add: more cost more than they gain
 NUMBERS = 1 << 26  # in the largest form of one example
+PIECE = 1 << 19  # bytes of a form that are summed at once
 
 
 def forward(
@@ -128,10 +129,10 @@ def propagate_forms(
         if tighten is not None:
             tighten(state, step.node)
         state.spend(state.batch * (1 + sum(len(forms[v].rows) for v in step.reads)))
-        center, rows, rest = RULES[type(step.kind)](
+        center, rows, rest, *known = RULES[type(step.kind)](
             state, step, [forms[v] for v in step.reads], symbols
         )
-        radius = _radius(state, rows, rest)
+        radius = known[0] if known else _radius(state, rows, rest)
         state.env[name], forms[name] = center, Form(rows, rest, radius)
         state.boxes[name] = _met(state, name, center, radius)
         for old in graph.last_use[name]:
@@ -140,7 +141,9 @@ def propagate_forms(
     return {k: v for k, v in forms.items() if k in keep}
 
 
-Parts = tuple[Tensor, Tensor, Tensor | None]
+Parts = (
+    tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor]
+)  # and its radius
 
 
 def _at_input(state: State, inputs: Tensor) -> Form:
@@ -156,10 +159,21 @@ def _at_input(state: State, inputs: Tensor) -> Form:
 
 
 def _radius(state: State, rows: Tensor, rest: Tensor | None) -> Tensor:
-    radius = rows.abs().sum(0)
+    radius = _size(rows)
     if rest is not None:
         radius = radius + rest
     return radius * (1 + state.gamma(len(rows) + 2)) if state.rigorous else radius
+
+
+def _size(rows: Tensor) -> Tensor:
+    """Σ|rows|, in pieces that stay in the cache."""
+    step = max(1, PIECE // max(1, rows[0].nbytes)) if len(rows) else 1
+    if rows.requires_grad or step >= len(rows):
+        return rows.abs().sum(0)
+    total = rows[:step].abs().sum(0)
+    for i in range(step, len(rows), step):
+        total += rows[i : i + step].abs().sum(0)
+    return total
 
 
 def _met(state: State, name: str, center: Tensor, radius: Tensor) -> Interval:
@@ -265,11 +279,20 @@ def _activation(state: State, step: Step, forms: list[Form], symbols: int) -> Pa
         half = half + (half > 0) * state.gamma(2) * size
         slack = state.gamma(16 + int(kind.ulps)) * size + (len(form.rows) + 4) * state.tiny
         rest = slack if rest is None else rest + slack
+    radius = slope.abs() * form.radius + half  # what the rows' sizes add up to
+    if state.rigorous:
+        radius = (radius + slack) * (1 + state.gamma(len(form.rows) + 8))
     fresh, left = _fresh(half, symbols)
     if left is not None:
         rest = left if rest is None else rest + left
-    rows = form.rows * slope
-    return center, torch.cat([rows, fresh]) if len(fresh) else rows, rest
+    if not len(fresh):
+        return center, form.rows * slope, rest, radius
+    if form.rows.requires_grad or fresh.requires_grad or slope.requires_grad:
+        return center, torch.cat([form.rows * slope, fresh]), rest, radius
+    rows = fresh.new_empty(len(form.rows) + len(fresh), *fresh.shape[1:])
+    torch.mul(form.rows, slope, out=rows[: len(form.rows)])
+    rows[len(form.rows) :] = fresh
+    return center, rows, rest, radius
 
 
 def _strip(

@@ -122,6 +122,7 @@ class _Pull:
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | None = None
         self.elements = self.mirrored = False
+        self.settled: set[str] = set()  # affine values whose rounding is in the bias already
 
     def elements_at(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of unit rows."""
@@ -185,7 +186,9 @@ class _Pull:
         if split:
             self._mirror()
         bias: Tensor | None
-        if not isinstance(kind, Activation):
+        if isinstance(kind, Affine):
+            parts, bias = _affine(state, step, A, noisy=node.name not in self.settled)
+        elif not isinstance(kind, Activation):
             parts, bias = RULES[type(kind)](state, step, _mirrored(A) if split else A)
         elif self.chosen is not None:
             pulled = _mirrored(A) if split else A
@@ -197,7 +200,10 @@ class _Pull:
             parts, bias = _activation_and_linear(state, kind, node, linear, A, split)
             node = linear
         else:
-            parts, bias = activation(state, kind, node, A, split)
+            alone = isinstance(A, Tensor) and _noise_before(state, node) is not None
+            if alone:
+                self.settled.add(node.operands[0])
+            parts, bias = activation(state, kind, node, A, split, noisy=alone)
         lost = _underflow(state, step, node)
         if lost is not None:
             bias = (
@@ -317,11 +323,13 @@ def _patch_dot(state: State, what: str, A: Patch, v: Tensor) -> Tensor:
 # -- affine -------------------------------------------------------------------------------------------------
 
 
-def _affine(state: State, step: Step, A: Rows) -> tuple[Parts, Tensor | None]:
+def _affine(
+    state: State, step: Step, A: Rows, *, noisy: bool = True
+) -> tuple[Parts, Tensor | None]:
     node, active = step.node, step.perturbed
     kind: Affine = step.kind  # type: ignore[assignment]
     args, _ = state.arguments(node)
-    noise = _affine_noise(state, kind, node)
+    noise = _affine_noise(state, kind, node) if noisy else None
     bias: Tensor | None = None
     parts: Parts = {}
     if isinstance(A, Patch):
@@ -397,6 +405,18 @@ def _affine_noise(state: State, kind: Affine, node: Node) -> Tensor | None:
             return gamma * size + state.tiny
 
     return state.once("noise", node.name, make)
+
+
+def _noise_before(state: State, node: Node) -> Tensor | None:
+    """The rounding at the affine op whose value only the activation ``node`` reads: None where there is none."""
+    graph, name = state.network.graph, node.operands[0]
+    if not state.rigorous or name not in graph.node or name not in graph.active:
+        return None
+    before = graph.node[name]
+    kind = state.kind(before)
+    if not isinstance(kind, Affine) or sum(name in n.operands for n in graph.nodes) > 1:
+        return None
+    return _affine_noise(state, kind, before)
 
 
 def _underflow(state: State, step: Step, last: Node) -> Tensor | None:
@@ -526,9 +546,10 @@ class Bend(torch.autograd.Function):
 
 
 def activation(
-    state: State, kind: Activation, node: Node, A: Rows, split: bool
+    state: State, kind: Activation, node: Node, A: Rows, split: bool, *, noisy: bool = False
 ) -> tuple[Parts, Tensor]:
-    """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products."""
+    """A ↦ A·mid − |A|·bend/2; with ``split`` the negative rows too, which share both products. With ``noisy`` dense
+    rows also lose the rounding of the affine op before it, in the same product."""
     if isinstance(A, Patch):
         maps = state.once("line maps", node.name, lambda s, n: torch.cat(_lines(s, kind, n), 1))
         looked = look(state, f"lines of {node.name}", maps, A)
@@ -538,6 +559,7 @@ def activation(
         loss = (size * gap).flatten(2).sum(-1)
     else:
         mid, bend, offset, gap = _lines(state, kind, node.name)
+        gap = state.once("noisy gap", node.name, _noisy_gap) if noisy else gap
         data, size = A, A.abs()
         straight, loss = dot(A, offset), dot(size, gap)
     along = data * mid
@@ -549,6 +571,16 @@ def activation(
     rows = _both(along, bent)
     bias = torch.cat([straight - 0.5 * loss, -straight - 0.5 * loss])
     return {0: A.repeated(rows, clipped=True) if isinstance(A, Patch) else rows}, bias
+
+
+def _noisy_gap(state: State, name: str) -> Tensor:
+    """The gap between an activation's lines, and twice the rounding before it: rows A have coefficients of at most
+    |A|·(|mid| + bend) there."""
+    node = state.network.graph.node[name]
+    kind: Activation = state.kind(node)  # type: ignore[assignment]
+    mid, bend, _, gap = _lines(state, kind, name)
+    noise = _noise_before(state, node)
+    return gap if noise is None else gap + 2 * (mid.abs() + bend.abs()) * noise
 
 
 def _both(along: Tensor, bent: Tensor) -> Tensor:

@@ -268,11 +268,18 @@ def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
         rows = (rows.abs() if size else rows).transpose(0, 1)
         product = torch.bmm(rows, vector.unsqueeze(-1))
         return product.squeeze(0) if single else product.squeeze(-1).T
-    # many products with one column each are slow on a CPU; these passes stay in the cache
+    # these passes stay in the cache; many products with one column each are slow in float32
     step = max(1, PIECE // (vector.numel() * vector.itemsize))
     step = len(rows) if rows.requires_grad or vector.requires_grad else step
-    cuts = [slice(i, i + step) for i in range(0, rows.shape[0], step)]
-    return joined([((rows[c].abs() if size else rows[c]) * vector).sum(-1) for c in cuts], 0)
+    found = []
+    for first in range(0, rows.shape[0], step):
+        piece = rows[first : first + step]
+        piece = piece.abs() if size else piece
+        if vector.dtype == torch.float64:
+            found.append(torch.bmm(piece.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T)
+        else:
+            found.append((piece * vector).sum(-1))
+    return joined(found, 0)
 
 
 REMEDY = "bounds need an entry in the op table (calipers.ops.register); attacks work without one"

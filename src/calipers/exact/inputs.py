@@ -37,9 +37,11 @@ Progress = Callable[[Outcome], None]
 
 DIMENSIONS = 32  # varying inputs up to which boxes can be split with any hope
 BATCH = 512  # boxes at once, at most
-PACE = 0.1  # seconds that a batch may take
+PACE = 0.2  # seconds that a batch may take
+SPREAD = 8  # pieces up to which a box is cut before they are bounded
+NEAR = 0.25  # of the bound before it: pieces whose estimate is above are bounded first
 SYMBOLS = 64  # new symbols per value in a proof
-ROUGH = 16  # and in an estimate
+ROUGH = 8  # and in an estimate
 REFINED = 64  # unstable neurons of a value that a backward pass is worth
 CANDIDATES = 6  # dimensions of which both halves are tried
 SHARE = 0.25  # of the time for the attack
@@ -153,7 +155,7 @@ class _Search:
     memory: int
     proved: float = math.inf
     attacked: float = 0.0
-    lasted: float = PACE / 3
+    lasted: float = 0.03
     turns: int = 0
     stuck: bool = False
     domains: int = 0
@@ -197,7 +199,7 @@ class _Search:
             if worked > PACE:
                 size = max(1, size // 2)
             elif worked < PACE / 2 and boxes.number == size:
-                size = min(limit, 2 * size)
+                size = min(limit, (2 if worked > PACE / 8 else SPREAD) * size)
         return self.outcome()
 
     def step(self, boxes: Boxes, quick: bool, attack: Attack | None) -> Tensor | None:
@@ -370,13 +372,33 @@ class _Search:
     # -- splits -----------------------------------------------------------------------------------------------------
 
     def split(self, boxes: Boxes) -> None:
-        """Cut each box where its halves' estimated bounds are best, and keep the halves."""
+        """Cut boxes, and few hopeless pieces again and again: to bound a few takes as long as to bound many."""
+        begin = time.thread_time()
+        while boxes.number:
+            pieces = self.cut(boxes)
+            if self.stuck:
+                return
+            likely = pieces.hope > 0
+            self.easy.push(pieces.at(likely))
+            near = pieces.hope > NEAR * pieces.bound
+            again = ~likely & ~near
+            if (
+                self.record is not None
+                or pieces.number >= SPREAD
+                or time.thread_time() - begin > PACE / 4
+            ):
+                again[:] = False
+            self.hard.push(pieces.at(~likely & ~again))
+            boxes = pieces.at(again)
+
+    def cut(self, boxes: Boxes) -> Boxes:
+        """The halves of each box, cut where their estimated bounds are best."""
         boxes = boxes.at(boxes.bound.argsort(descending=True))  # the worst on top
         cut = divisible(boxes.lower, boxes.upper)
         if not bool(cut.any(1).all()):
             self.hard.push(boxes)
             self.stuck = True
-            return
+            return boxes
         tried = self.candidates(boxes)
         pieces = [halves(boxes, dim) for dim in tried.T]
         hopes = self.estimate(joined([half for pair in pieces for half in pair]))
@@ -390,10 +412,12 @@ class _Search:
         if self.record is not None:
             point = pair[0].upper.gather(1, chosen.unsqueeze(1)).squeeze(1)
             nodes = self.record.split(boxes.node, chosen, point)
-        for half, hope, node in zip(pair, hopes.unbind(1), nodes, strict=True):
-            hoped = half._replace(hope=hope.gather(0, best).squeeze(0), node=node)
-            self.easy.push(hoped.at(hoped.hope > 0))
-            self.hard.push(hoped.at(~(hoped.hope > 0)))
+        return joined(
+            [
+                half._replace(hope=hope.gather(0, best).squeeze(0), node=node)
+                for half, hope, node in zip(pair, hopes.unbind(1), nodes, strict=True)
+            ]
+        )
 
     def candidates(self, boxes: Boxes) -> Tensor:
         """Dimensions (N, candidates) worth trying."""
