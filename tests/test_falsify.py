@@ -59,7 +59,7 @@ def test_a_dive_finds_the_needle_too() -> None:
     region, spec = needle(1e-3)
     points, rows = dive(distances, region, spec, torch.Generator().manual_seed(0), dtype=F64)
     assert region[rows].contains(points).all()
-    assert distances(points).amax(1).min() < 0.05  # its thirty steps are short of 1e-3
+    assert distances(points).amax(1).min() < 0.05  # its fifty steps are short of 1e-3
     both = Region.box(torch.zeros(2, 4, dtype=F64), torch.tensor([[1.0] * 4, [0.5] * 4]).double())
     points, rows = dive(
         distances, both, spec[torch.tensor([0, 0])], torch.Generator().manual_seed(0), dtype=F64

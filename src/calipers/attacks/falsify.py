@@ -103,7 +103,7 @@ def dive(
     dtype: torch.dtype,
     seconds: float = 0.05,
     few: int = 256,
-    steps: int = 30,
+    steps: int = 50,
 ) -> tuple[Tensor, Tensor]:
     """Short descents from the best of many samples: points, and the row of the region that each is a member of.
 

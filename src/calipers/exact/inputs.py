@@ -44,7 +44,7 @@ SYMBOLS = 64  # new symbols per value in a proof
 ROUGH = 8  # and in an estimate
 REFINED = 64  # unstable neurons of a value that a backward pass is worth
 CANDIDATES = 6  # dimensions of which both halves are tried
-SHARE = 0.25  # of the time for the attack
+SHARE = 0.12  # of the time for the attack, and of the first second once more
 ATTACKED = 64  # boxes of one turn of it
 STEPS = 16  # towards the weights of a clause's functionals
 MEMORY = 1 << 30
@@ -69,7 +69,7 @@ def split_inputs(
     Args:
         deadline: of `time.perf_counter`; bounds stop at the next step of the network after it.
         memory: bytes to plan for, also of the boxes that wait.
-        attack: called now and then with the most promising boxes, for about a quarter of the time.
+        attack: called now and then with the most promising boxes, for about an eighth of the time.
         progress: called about once a second.
         record: an empty one, which then tells how everything was proved.
 
@@ -181,7 +181,8 @@ class _Search:
                 return self.outcome(reason=f"{what} is up: {self.waiting} boxes are left")
             quick = self.easy.count >= size or not self.hard.count
             boxes = (self.easy if quick else self.hard).pop(size)
-            turn = attack if self.attacked + self.lasted <= SHARE * (now - begin) else None
+            granted = SHARE * (now - begin + min(now - begin, 1.0))
+            turn = attack if self.attacked + self.lasted <= granted else None
             try:
                 point = self.step(boxes, quick, turn)
             except TimeoutError:
