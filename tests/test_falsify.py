@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attack_checks import INF, K, batch, network
 from calipers import Region, Spec, ThreatModel, capture, crown, falsify
-from calipers.attacks.falsify import Suggestion, descend
+from calipers.attacks.falsify import Suggestion, descend, dive
 from calipers.attacks.losses import LOSSES, read, shortfall
 from calipers.bounds.corners import corners
 from calipers.errors import RegionError
@@ -53,6 +53,19 @@ def test_all_points_are_members_of_their_rows(p: float) -> None:
     assert len(batches) == 9
     for points, rows in batches:
         assert region[rows].contains(points).all()
+
+
+def test_a_dive_finds_the_needle_too() -> None:
+    region, spec = needle(1e-3)
+    points, rows = dive(distances, region, spec, torch.Generator().manual_seed(0), dtype=F64)
+    assert region[rows].contains(points).all()
+    assert distances(points).amax(1).min() < 0.05  # its thirty steps are short of 1e-3
+    both = Region.box(torch.zeros(2, 4, dtype=F64), torch.tensor([[1.0] * 4, [0.5] * 4]).double())
+    points, rows = dive(
+        distances, both, spec[torch.tensor([0, 0])], torch.Generator().manual_seed(0), dtype=F64
+    )
+    assert both[rows].contains(points).all()
+    assert set(rows.tolist()) <= {0, 1}
 
 
 def test_time_ends_it_and_nothing_is_lost() -> None:

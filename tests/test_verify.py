@@ -184,7 +184,7 @@ OPEN = text("-1", "1", "(and (>= Y_0 1.75) (<= X_0 0.5) (>= X_0 -0.5) (<= Y_1 1)
 def unbounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bounds and attacks everything is left to the search."""
     monkeypatch.setattr(verify, "BOUNDS", ())
-    monkeypatch.setattr(verify._Search, "attack", lambda self, seconds: None)
+    monkeypatch.setattr(verify._Search, "attack", lambda *_: None)
 
 
 def test_the_searchs_proof_counts(square: Square, table, unbounded) -> None:

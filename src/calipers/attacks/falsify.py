@@ -24,6 +24,7 @@ from calipers.spec import Spec
 
 FIRST = (1, 4, 16, 64, 256)  # random points before any gradient
 LIMIT = 200_000  # samples at once
+MANY = 16_384  # of a dive
 NUMBERS = 1 << 26  # of all samples together
 
 
@@ -61,17 +62,8 @@ def falsify(
     Cost: rounds of about 0.1 s of samples and 100 to 300 gradients of at most 128 points.
     """
     end = time.perf_counter() + seconds
-    generator = torch.Generator().manual_seed(seed)
-    low, high = region.inner(dtype)
-    region.sample(torch.zeros(len(region), dtype=torch.int64), dtype)  # refuses what has no draw
-
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(region), (count,), generator=generator)
-        unit = torch.rand((count, *low.shape[1:]), generator=generator, dtype=dtype).to(low.device)
-        rows = rows.to(low.device)
-        points = (low[rows] + unit * (high - low)[rows]).clamp(low[rows], high[rows])
-        return (points if math.isinf(region.p) else region[rows].project(points)), rows
-
+    draw = _draws(region, dtype, torch.Generator().manual_seed(seed))
+    low = region.center
     given, pace = pace, pace or 0.0
     for count in FIRST:
         points, rows = draw(count)
@@ -100,6 +92,55 @@ def falsify(
                 yield points, rows
                 for size in (0.1, 0.3):
                     yield descend(model, region, spec, points, rows, clause, size, end), rows
+
+
+def dive(
+    model: Model,
+    region: Region,
+    spec: Spec,
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype,
+    seconds: float = 0.03,
+    few: int = 256,
+    steps: int = 30,
+) -> tuple[Tensor, Tensor]:
+    """Short descents from the best of many samples: points, and the row of the region that each is a member of.
+
+    Where few inputs vary, many samples and few steps find more witnesses in the same time than few and many.
+
+    Args:
+        seconds: that the samples may take, about, by the time that the first 64 take.
+    """
+    draw = _draws(region, dtype, generator)
+    begin = time.perf_counter()
+    points, rows = draw(64)
+    with torch.no_grad():
+        model(points)
+    pace = (time.perf_counter() - begin) / 64
+    many = int(min(MANY, seconds / pace, max(NUMBERS // points[0].numel(), few)))
+    if many > len(points):
+        points, rows = draw(many)
+    top, clause = _best(model, spec, points, rows, few)
+    return descend(model, region, spec, points[top], rows[top], clause, 0.3, steps=steps), rows[top]
+
+
+Draw = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def _draws(region: Region, dtype: torch.dtype, generator: torch.Generator) -> Draw:
+    """A function that draws so many points of the region, and says from which row each is."""
+    low, high = region.inner(dtype)
+    region.sample(torch.zeros(len(region), dtype=torch.int64), dtype)  # refuses what has no draw
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(region), (count,), generator=generator)
+        unit = torch.rand((count, *low.shape[1:]), generator=generator, dtype=dtype).to(low.device)
+        rows = rows.to(low.device)
+        points = (low[rows] + unit * (high - low)[rows]).clamp(low[rows], high[rows])
+        return (points if math.isinf(region.p) else region[rows].project(points)), rows
+
+    return draw
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks import pgd
+from calipers.attacks.falsify import dive
 from calipers.errors import CalipersError, RegionError
 from calipers.exact import Outcome
 from calipers.exact.record import Record
@@ -131,7 +132,7 @@ def complete(
     ready = [(e, f) for e in SOLVERS if e.suits(kind) and (f := e.load()) is not None]
     best = Complete(Outcome(reason="no complete search of this version suits the problem"), "")
     reasons: list[str] = []
-    attack = partial(_attack, network)
+    attack = partial(_attack, network, torch.Generator().manual_seed(0), kind.varying <= SOME)
     for place, (entry, solve) in enumerate(ready):
         now = time.perf_counter()
         if now >= deadline:
@@ -158,9 +159,13 @@ def complete(
     return best
 
 
-def _attack(network: Network, region: Region, spec: Spec) -> Tensor:
-    """Points of low margin in the sub-regions of a search."""
+def _attack(
+    network: Network, generator: torch.Generator, few: bool, region: Region, spec: Spec
+) -> Tensor:
+    """Points of low margin in the sub-regions of a search; ``few``: inputs vary."""
     try:
+        if few:
+            return dive(network, region, spec, generator, dtype=network.dtype)[0]
         return pgd(network, region, spec, steps=10, loss="margin", drop=True, dtype=network.dtype)
     except RegionError:  # a sub-region between two numbers of the network's precision
         return region.center.to(network.dtype)

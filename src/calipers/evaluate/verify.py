@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from calipers.attacks.falsify import FIRST as SAMPLES
 from calipers.attacks.falsify import Suggestion, falsify
 from calipers.bounds import alpha_crown, crown, crown_ibp, interval
 from calipers.bounds.corners import corners
@@ -47,7 +48,7 @@ BOUNDS = (interval, crown_ibp, crown)
 FIRST = 0.05  # seconds of attack before any bound
 SECOND = 0.5  # seconds of attack before bounds are optimised
 ATTACK = 0.2  # the part of the time left that the attack before the complete search may take
-LONGEST, LONGEST_FEW = 5.0, 0.5  # seconds of it at most; few inputs: searches find witnesses
+LONGEST = 5.0  # seconds of it at most
 LAST = 10.0  # seconds of attack at most where searches give up before the time is up
 ROUNDS = 9  # batches of points of an attack where work is limited, not time
 PACE, LEAST_PACE = (
@@ -270,12 +271,16 @@ class _Search:
             return
         check_parameters(self.network)
         self.stage = "attack"
-        self.attack(self.left if self.domains is not None else FIRST)
+        if self.domains is not None:
+            self.attack(self.left, ROUNDS)
+        else:
+            self.attack(FIRST, len(SAMPLES) if self.few else None)
         self.stage = "comparison with onnxruntime"
         self.compare()
+        limit = None if self.domains is None else ROUNDS
         if not self.safe_cases:
             self.stage = "attack"
-            self.attack(self.left)
+            self.attack(self.left, limit)
             return
         folded = with_maxima(self.network)
         for method in BOUNDS:
@@ -283,9 +288,9 @@ class _Search:
             self.bound(method, folded)
             if not self.open():
                 return
-        if not self.few:  # there the complete search bounds cheaply enough
+        if not self.few:  # there the complete search bounds cheaply enough, and attacks as it goes
             self.stage = "attack"
-            self.attack(self.left if self.domains is not None else min(ATTACK * self.left, SECOND))
+            self.attack(min(ATTACK * self.left, SECOND) if limit is None else self.left, limit)
             self.stage = "alpha_crown"
             if self.record:
                 self.bound_recorded()
@@ -293,9 +298,8 @@ class _Search:
                 self.bound(alpha_crown, self.network)
             if not self.open():
                 return
-        self.stage = "attack"
-        longest = LONGEST_FEW if self.few else LONGEST
-        self.attack(self.left if self.domains is not None else min(ATTACK * self.left, longest))
+            self.stage = "attack"
+            self.attack(min(ATTACK * self.left, LONGEST) if limit is None else self.left, limit)
         self.stage = "complete search"
         self.complete()
         if self.open() and self.domains is None:
@@ -334,8 +338,8 @@ class _Search:
 
     # -- the upper end ----------------------------------------------------------------------------------
 
-    def attack(self, seconds: float) -> None:
-        """Falsify the open boxes, the cases in turn."""
+    def attack(self, seconds: float, rounds: int | None = None) -> None:
+        """Falsify the open boxes, the cases in turn, by at most so many batches of points each."""
         end = time.perf_counter() + seconds
         places = sorted({b.case for b in self.open()})
         for i, place in enumerate(places):
@@ -348,7 +352,7 @@ class _Search:
                 suggest=partial(self._suggest, region, spec), dtype=self.network.dtype, seed=self.seed,
                 pace=self.pace,
             )  # fmt: skip
-            for points, which in islice(found, None if self.domains is None else ROUNDS):
+            for points, which in islice(found, rounds):
                 self.judge(region, spec, points, which)
                 if time.perf_counter() > until:
                     break
