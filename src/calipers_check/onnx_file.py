@@ -13,6 +13,7 @@ import numpy as np
 
 from calipers_check.errors import Unusable
 from calipers_check.layers import (
+    SPARSE,
     Array,
     Conv,
     Dense,
@@ -28,7 +29,6 @@ from calipers_check.layers import (
 )
 
 MAX_NUMBERS = 1 << 28  # of one value, or of one table of indices
-SPARSE = 20  # entries of a matrix for each that is not 0, from which on only those are kept
 
 
 class Variable:

@@ -35,6 +35,7 @@ from calipers.evaluate.checks import agreement, check_parameters, onnxruntime_re
 from calipers.evaluate.limits import TimeIsUp, alarm
 from calipers.evaluate.solvers import FEW, complete, harder, problem
 from calipers.exact import Outcome, branch
+from calipers.exact.lattice import with_maxima
 from calipers.exact.record import Record
 from calipers.graph.graph import Network, evaluating
 from calipers.sets import Region
@@ -276,9 +277,10 @@ class _Search:
             self.stage = "attack"
             self.attack(self.left)
             return
+        folded = with_maxima(self.network)
         for method in BOUNDS:
             self.stage = method.__name__
-            self.bound(method)
+            self.bound(method, folded)
             if not self.open():
                 return
         if not self.few:  # there the complete search bounds cheaply enough
@@ -288,7 +290,7 @@ class _Search:
             if self.record:
                 self.bound_recorded()
             else:
-                self.bound(alpha_crown)
+                self.bound(alpha_crown, self.network)
             if not self.open():
                 return
         self.stage = "attack"
@@ -433,9 +435,9 @@ class _Search:
         )
         return harder(case.spec, radius)
 
-    def bound(self, method: Callable[..., Tensor]) -> None:
+    def bound(self, method: Callable[..., Tensor], network: Network) -> None:
         """Lower bounds of the open boxes by one method; of large networks in float32, rounding subtracted too."""
-        dtype = torch.float32 if 2 * neurons(self.network) > LARGE else torch.float64
+        dtype = torch.float32 if 2 * neurons(network) > LARGE else torch.float64
         for place, (region, spec) in enumerate(self.safe_cases):
             boxes = [b for b in self.open() if b.case == place]
             if not boxes:
@@ -444,7 +446,7 @@ class _Search:
             try:
                 with torch.no_grad():
                     values = method(
-                        self.network, region[rows], spec[rows], dtype=dtype, rigorous=True,
+                        network, region[rows], spec[rows], dtype=dtype, rigorous=True,
                         memory=self.memory,
                     )  # fmt: skip
             except UnsupportedOp as error:

@@ -41,6 +41,7 @@ SHARE = 0.25  # of the rows bounded so far that intervals computed again may cos
 INSIDE = 0.1  # choices and multipliers are kept so far from their ends where splits are picked
 ROWS = 512  # intermediate bounds computed together
 MORE, SPAN = 3, 4  # times as many steps where progress over so many lets hope for a proof
+SLACK = 1e-2  # of the root's bound, which proofs that are noted have to spare: a checker's intervals differ a little
 REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
 
@@ -206,6 +207,8 @@ class Search:
             boxes = state.boxes
             self.sure = self._problem(boxes, members, torch.float64, rigorous=True)
             self.problem = self._problem(boxes, members, torch.float32, rigorous=False)
+            if record is not None:
+                self._demand(SLACK * low[0].abs())
         return open_, low[0]
 
     def planted(self, root: Domains, open_: Tensor) -> Domains:
@@ -224,6 +227,10 @@ class Search:
         value = float(self.spec.margin(low)[0])
         if value > self.lower:
             self.lower = value
+
+    def _demand(self, slack: Tensor) -> None:
+        for problem in (self.sure, self.problem):
+            problem.slack = slack.to(problem.d)
 
     def _state(self, dtype: torch.dtype, *, rigorous: bool) -> State:
         working = working_dtype(self.network, self.spec, dtype, rigorous=rigorous)
@@ -362,7 +369,12 @@ class Search:
         return replace(left, bound=left.bound.clamp_max(0.0))
 
     def finished(self, domains: Domains) -> bool:
-        """Whether sub-problems without a neuron to split are proved: as linear programs, or else by patience."""
+        """Whether sub-problems without a neuron to split are proved: as linear programs, or else by patience.
+
+        They need nothing to spare, since nothing in them depends on intervals.
+        """
+        slack = self.sure.slack
+        self._demand(torch.zeros_like(slack))
         linear = programmable(self.sure)
         left = self._programs(domains) if linear else domains
         if len(left) and self.point is None:
@@ -372,6 +384,7 @@ class Search:
         if len(left) and self.point is None:
             what = "its linear program is a near tie" if linear else "it is no linear program"
             self.reason = f"a sub-problem without a neuron to split stayed open: {what}"
+        self._demand(slack)
         return not len(left)
 
     def _programs(self, domains: Domains) -> Domains:
