@@ -66,6 +66,7 @@ def branch(
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
     Args:
+        attack: called once, where the bounds of the whole region do not suffice.
         batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 64 to 1024.
         steps: ascent steps on the lines and multipliers of a batch; `MORE` times as many for what they seem to prove.
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
@@ -95,9 +96,7 @@ def branch(
     )  # fmt: skip
     with torch.no_grad():
         try:
-            if attack is not None:
-                search.judge(attack(region, spec).detach())
-            search.run()
+            search.run(attack)
         except TimeoutError:
             search.reason = search.reason or "the time is up"
     return search.outcome()
@@ -138,20 +137,15 @@ class Search:
         reason = "" if self.point is not None else self.reason
         return Outcome(self.lower, self.point, self.count, reason)
 
-    def run(self) -> None:
-        if self.point is not None:
-            return
+    def run(self, attack: Callable[[Region, Spec], Tensor] | None) -> None:
         open_, low = self.root()
-        if not open_.any():
+        if not open_.any() or not self.worth(low[open_[self.spec.clause]]):
             return
-        if not bool(torch.isfinite(low[open_[self.spec.clause]]).all()):
-            self.reason = "bounds of the whole region are not finite, and splits of neurons will not make them so"
-            return
-        if self.whole:
-            self.reason = "only the region as a whole was bounded"
-            return
+        if attack is not None:
+            self.judge(attack(self.region, self.spec).detach())
         stack = [self.planted(self.sure.root(*self._starts(open_, low)), open_)]
-        stack[0] = self.improved(stack[0])
+        if self.point is None:
+            stack[0] = self.improved(stack[0])
         while stack and self.point is None:
             stack[-1] = self.closed(stack[-1])
             domains = self.refreshed(_taken(stack, self.batch))
@@ -174,6 +168,14 @@ class Search:
                 self.progress(replace(self.outcome(), reason=f"{left} open"))
         if self.point is None:
             self.lower = max(self.lower, math.ulp(0.0))
+
+    def worth(self, low: Tensor) -> bool:
+        """Whether what the root left open, with these bounds, is to be split."""
+        if not bool(torch.isfinite(low).all()):
+            self.reason = "bounds of the whole region are not finite, and splits of neurons will not make them so"
+        elif self.whole:
+            self.reason = "only the region as a whole was bounded"
+        return not self.reason
 
     # -- the root -----------------------------------------------------------------------------------------------------
 
