@@ -152,13 +152,14 @@ def mnist_linf_0p3_pgd(
 ) -> Run:
     """Empirically robust at 0.3: few long steps of PGD at a larger radius, which rises over the first epochs.
 
-    precision=bfloat16 runs the attack alone in it: two thirds of the time on a processor that has it.
+    precision=bfloat16 runs the attack alone in it: three fifths of the time on a processor that has it.
     """
     objective = partial(
         objectives.pgd, steps=steps, step_size=step_size, weight=weight, precision=precision
     )
     return _adversarial(
-        "mnist_linf_0p3_pgd", objective, minutes=14, expected="TODO",
+        "mnist_linf_0p3_pgd", objective, minutes=12,
+        expected="99.2 % clean, 94.6 % under PGD-50x10, 93.2 % under the attack cascade",
         epochs=epochs, ramp=ramp, train_eps=train_eps, lr=lr, batch=batch, network=network, seed=seed,
     )  # fmt: skip
 
