@@ -138,8 +138,9 @@ def complete(
     before = [] if midway is None else [midway]
 
     def attack(region: Region, spec: Spec) -> Tensor:
-        while before:
-            before.pop()()
+        with torch.enable_grad():  # which searches do without
+            while before:
+                before.pop()()
         return look(region, spec)
 
     for place, (entry, solve) in enumerate(ready):
