@@ -190,7 +190,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("suites", nargs="*")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each decision")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="for each decision, at most the suite's own"
+    )
     parser.add_argument("--each", type=int, default=1000, help="instances of a suite, at most")
     parser.add_argument("--cpu", action="store_true")
     arguments = parser.parse_args()
@@ -207,7 +209,7 @@ def main() -> None:
             if task.key in done:
                 continue
             try:
-                row = measure(task, arguments.seconds)
+                row = measure(task, min(arguments.seconds, task.limit))
             except NoInputs as error:
                 row = Row(*task.key, task.expected, "unsat", reason=str(error))
             except CalipersError as error:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import networks
 from calipers.exact import Outcome, milp, split_inputs
 from calipers.exact.branch import SCORES, branch
+from calipers.exact.record import Record
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Network
 from calipers.sets import Region
@@ -267,6 +268,19 @@ def test_near_ties(op: str, clause: list[int]) -> None:
                 check_verdict(found, network, region, moved, exact)
                 if seconds > 1:
                     check_decided(found, exact)
+
+
+@pytest.mark.parametrize("op", ["relu", "abs"])
+def test_noted_searches_decide_near_ties_too(op: str) -> None:
+    """What has less to spare than noted proofs ask for is split until nothing depends on intervals."""
+    found = tied(0, [0, 0, 1], op)
+    assert found
+    network, region, spec = found
+    for by in (1e-3, -1e-3):
+        moved = shifted(spec, by)
+        outcome = search(network, region, moved, record=Record())
+        check_verdict(outcome, network, region, moved, plane_minimum(network, region, moved))
+        check_decided(outcome, plane_minimum(network, region, moved))
 
 
 # -- planted counterexamples ------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +13,18 @@ import torch.nn.functional as F
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+import certificates
 import networks
+from calipers.evaluate.queries import read
+from calipers.evaluate.strict import decide_strictly
 from calipers.exact import split_inputs
 from calipers.exact.lattice import with_maxima
 from calipers.graph.graph import Network, bind, evaluate
+from calipers.graph.onnx import save_onnx
 from calipers.sets import Region
 from calipers.spec import Spec
+from calipers_check import lattice as check_lattice
+from calipers_check import layers
 from exact_checks import deadline
 
 F64 = torch.float64
@@ -153,6 +161,77 @@ def test_rows_of_one_relu_are_maxima(seed: int) -> None:
     short = with_maxima(network)
     assert operations(short).count("maximum") >= 1
     assert same(network, short)
+
+
+def stepped(module: nn.Sequential) -> layers.Network:
+    """The same as the checker has it."""
+    steps: list[layers.Step] = []
+    for number, layer in enumerate(module):
+        if isinstance(layer, nn.Linear):
+            weight, bias = (v.detach().double().numpy() for v in (layer.weight, layer.bias))
+            steps.append(layers.Dense((number,), len(weight), weight, bias=bias))
+        else:
+            steps.append(layers.Kink((number,), steps[-1].size, 0.0, 1.0))
+    return layers.Network(module[0].in_features, steps)
+
+
+def exactly(network: layers.Network, x: np.ndarray) -> np.ndarray:
+    """The outputs in rational arithmetic."""
+    values = [layers.RATIONAL(x)]
+    for step in (s.exact() for s in network.steps):
+        sources = [values[v] for v in step.sources]
+        if isinstance(step, layers.Affine):
+            value = sum(step.along(j, v) for j, v in enumerate(sources))
+            values.append(value if step.bias is None else value + step.bias)
+        elif isinstance(step, layers.Maximum):
+            values.append(sources[0][:, step.index].max(2))
+        else:
+            values.append(np.maximum(sources[0], 0))
+    return values[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_checker_folds_exactly(seed: int) -> None:
+    network = stepped(lattice(seed)[0])
+    folded = check_lattice.with_maxima(network)
+    kinds = [type(s).__name__ for s in folded.steps]
+    assert kinds.count("Maximum") == 2
+    assert "Kink" not in kinds
+    x = np.random.default_rng(seed).normal(size=(20, 2))
+    assert (exactly(network, x) == exactly(folded, x)).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-600, 2.0**-300, 2.0**300, 2.0**600])
+def test_products_that_would_vanish_or_overflow_are_not_folded(scale: float) -> None:
+    pair = linear(torch.tensor([[1.1, -0.3], [-1.1, 0.3]])), linear(torch.tensor([[0.7, -0.7]]))
+    network = stepped(nn.Sequential(pair[0], nn.ReLU(), pair[1]))
+    for step in network.steps:
+        if isinstance(step, layers.Dense):
+            step.weight = step.weight * scale
+    folded = check_lattice.with_maxima(network)
+    assert (folded is not network) or scale != 1
+    assert (folded is network) or 2.0**-400 < scale < 2.0**400
+    x = np.random.default_rng(0).normal(size=(5, 2))
+    assert (exactly(network, x) == exactly(folded, x)).all()
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_certificates_of_lattices(tmp_path: Path, above: bool) -> None:
+    module, *_ = lattice(0)
+    grid = torch.cartesian_prod(*[torch.linspace(-1, 1, 401, dtype=F64)] * 2)
+    values = module.double()(grid).detach()
+    edge = float(values.min() - 0.01 if above else values.max() + 0.01)
+    save_onnx(built(lattice(0)[0]), tmp_path / "net.onnx")
+    relation = "<=" if above else ">="
+    text = certificates.query([-1.0] * 2, [1.0] * 2, 1, f"({relation} Y_0 {edge!r})")
+    (tmp_path / "q.vnnlib").write_text(text)
+    files = tmp_path / "net.onnx", tmp_path / "q.vnnlib"
+    network, query = read(*files)
+    decision, certificate = decide_strictly(network, query, files, seconds=60)
+    assert decision.verdict == "unsat", decision
+    assert certificate is not None
+    assert certificate.accepted
+    assert b"fold" in gzip.decompress(certificate.data or b"")
 
 
 def test_other_networks_stay_as_they_are() -> None:

@@ -18,12 +18,12 @@ import networks
 import rationals
 from calipers.bounds import crown, lp, lp_points, lp_preactivations, preactivations, relaxation
 from calipers.bounds.encode import encode, prepare
-from calipers.bounds.sparse import Sparse
 from calipers.errors import RegionError, UnsupportedOp
 from calipers.graph.graph import Network
 from calipers.programs import Program, dual_value, solver
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
+from calipers_check.table import Table
 from networks import ARCHITECTURES, Builder
 from patterns import layers
 from sandwiches import PASSES, check_sound
@@ -209,7 +209,7 @@ def test_a_dual_value_in_rational_arithmetic() -> None:
         A = generator.standard_normal((4, 5)) * 10.0 ** generator.integers(-6, 7, (4, 5))
         b, cost, y = (generator.standard_normal(k) * 1e3 for k in (4, 5, 4))
         low = -generator.random(5)
-        matrix = Sparse.of(torch.from_numpy(A))
+        matrix = Table.of(A)
         program = Program(
             low, -low, np.zeros(5, bool), b, np.full(4, math.inf),
             matrix.starts, matrix.column, matrix.value, np.zeros(4),
@@ -275,7 +275,7 @@ def one_neuron(op: Any = torch.relu, *extra: Any) -> Network:
 
 
 def feasible(program: Program, x: np.ndarray) -> bool:
-    matrix = Sparse(
+    matrix = Table(
         np.repeat(np.arange(len(program.row_lower)), np.diff(program.starts)),
         program.index, program.value, len(program.row_lower),
     ).dense(program.columns)  # fmt: skip
@@ -363,7 +363,7 @@ def test_sparse_products_are_the_dense_ones() -> None:
             torch.randn(m, n, generator=generator, dtype=F64) for m, n in (shape[:2], shape[1:])
         )
         a, b = (t * (torch.rand(t.shape, generator=generator) < 0.5) for t in (a, b))
-        dense = (Sparse.of(a) @ Sparse.of(b)).dense(shape[2])
+        dense = (Table.of(a.numpy()) @ Table.of(b.numpy())).dense(shape[2])
         assert np.allclose(dense, (a @ b).numpy(), rtol=1e-14)
         rows = np.array([0, shape[0] - 1, 0])
-        assert np.array_equal(Sparse.of(a).take(rows).dense(shape[1]), a.numpy()[rows])
+        assert np.array_equal(Table.of(a.numpy()).take(rows).dense(shape[1]), a.numpy()[rows])

@@ -140,6 +140,6 @@ def test_the_checkers_maxima_are_those_of_the_network(tmp_path: Path) -> None:
 
 def test_the_entry_says_so() -> None:
     assert (
-        json.dumps(Tree([0], {}, 1, True).entry(2))
+        json.dumps(Tree([0], {}, 1, "relu").entry(2))
         == '{"clauses": [0], "root": 1, "maxima": "relu"}'
     )

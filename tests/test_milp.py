@@ -17,7 +17,6 @@ from torch import Tensor
 import networks
 from calipers import programs
 from calipers.bounds import crown, lp, preactivations
-from calipers.bounds.sparse import Sparse
 from calipers.bracket import witness
 from calipers.errors import SolverError
 from calipers.exact import certify, exact_preactivations, milp, optima
@@ -25,6 +24,7 @@ from calipers.graph.graph import Network
 from calipers.programs import Limits, Program, apart
 from calipers.sets import Interval, Region
 from calipers.spec import Spec
+from calipers_check.table import Table
 from exact_checks import pattern_minimum
 from networks import ARCHITECTURES
 from patterns import exact_minimum, layers
@@ -197,7 +197,7 @@ def knapsack(n: int = 60, seed: int = 0) -> tuple[Program, np.ndarray]:
     generator = np.random.default_rng(seed)
     A = generator.integers(0, 100, (6, n)).astype(float)
     half = A.sum(1) // 2
-    matrix = Sparse.of(torch.from_numpy(np.hstack([A, np.eye(6), -np.eye(6)])))
+    matrix = Table.of(np.hstack([A, np.eye(6), -np.eye(6)]))
     columns = n + 12
     program = Program(
         np.zeros(columns), np.append(np.ones(n), np.full(12, INF)), np.arange(columns) < n,

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import certificates
 from calipers.errors import SolverError
 from calipers.evaluate import solvers, verify
 from calipers.evaluate.limits import TimeIsUp, alarm
@@ -396,3 +397,20 @@ def test_results_are_json(square: Square) -> None:
         assert content["verdict"] == found.verdict
         assert {"reason", "method", "lower", "seconds", "boxes", "notes", "rounded"} < set(content)
     assert replace(found, verdict="unknown").json()["verdict"] == "unknown"
+
+
+def test_a_box_of_many_inputs_is_bounded_attacked_and_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The search calls the long attack, gradients and all, between its bound of the whole box and its first split."""
+    monkeypatch.setattr(verify, "SECOND", 0.1)
+    monkeypatch.setattr(verify, "LONGEST", 0.2)
+    network = mlp(0, (40, 16, 16, 1))
+    corners = torch.rand(100_000, 40, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
+    top = float(network(0.2 * corners).max())
+    unsafe = f"(>= Y_0 {top + 0.25:.6f})"
+    source = certificates.query([-0.2] * 40, [0.2] * 40, 1, unsafe)
+    found = decide(network, query(network, source), seconds=60.0)
+    assert found.verdict == "unsat", found.reason
+    assert found.method == "branch"
+    assert found.boxes[0].domains > 0

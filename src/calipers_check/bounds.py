@@ -439,16 +439,18 @@ class Engine:
         return value, Rows(A, owner, zero, 0 * E)
 
     def crown(self, view: View, k: int) -> None:
-        """Improve what is known of the operand of k by backward substitution, where it is not linear."""
+        """Improve what is known of the operand of k by backward substitution, where it is not linear: from above first,
+        and then from below where it is still not linear."""
         value = self.steps[k].sources[0]
         if self.sharp[value] and self.ball is None:
             return
-        owner, element = np.nonzero(self.free(k, view))
-        order = np.lexsort((self.network.nearby(value)[element], owner))
-        owner, element = owner[order], element[order]
-        for part in self.chunks(len(owner), 2):
-            at, e = owner[part], element[part]
-            self.improve(view, k, np.tile(at, 2), np.tile(e, 2), np.repeat([1.0, -1.0], len(at)))
+        for sign in (-1.0, 1.0):
+            owner, element = np.nonzero(self.free(k, view))
+            order = np.lexsort((self.network.nearby(value)[element], owner))
+            owner, element = owner[order], element[order]
+            for part in self.chunks(len(owner)):
+                at, e = owner[part], element[part]
+                self.improve(view, k, at, e, np.full(len(at), sign))
 
     def improve(
         self,

@@ -13,11 +13,13 @@ import numpy as np
 
 from calipers_check import container, onnx_file, vnnlib
 from calipers_check.errors import Refused, Unusable
+from calipers_check.lattice import with_maxima
 from calipers_check.layers import Array, Network, without_maxima
 from calipers_check.prove import Budget, Goal, Proof, Root, bare_root
 from calipers_check.tree import NAMES, Tree
 from calipers_check.vnnlib import Ball, Clause
 
+MAXIMA = {"relu": without_maxima, "fold": with_maxima}
 INLINE = ("lower", "upper", "center", "eps", "C", "d", "clause")
 
 
@@ -187,13 +189,15 @@ def _prove(
     """
     shared = _documents(trees, len(clauses))
     counts = [len(c.d) for c in clauses]
-    split = any("maxima" in document for document in trees)
-    networks = {None: network, "relu": without_maxima(network) if split else network}
+    networks = {None: network}
     roots: dict[int, tuple[Root, Tree]] = {}
     budget, nodes, missing = Budget(), 0, {i for i, c in enumerate(clauses) if not c.void}
     for t, document in enumerate(trees):
         numbers, base = document["clauses"], document.get("root")
-        net = networks[document.get("maxima")]
+        form = document.get("maxima")
+        if form not in networks:
+            networks[form] = MAXIMA[form](network)
+        net = networks[form]
         try:
             if base is not None and base not in roots:
                 raise Refused("its root is that of a tree with nothing to prove")
@@ -232,8 +236,9 @@ def _documents(trees: Sequence[Any], count: int) -> set[int]:
     shared = set()
     for t, document in enumerate(trees):
         _expect(document, {"clauses"}, {"root", "maxima"})
-        if "maxima" in document and document["maxima"] != "relu":
-            raise Refused(f"tree {t}: maxima: {str(document['maxima'])[:40]!r}; expected 'relu'")
+        form = document.get("maxima", "relu")
+        if not isinstance(form, str) or form not in MAXIMA:
+            raise Refused(f"tree {t}: maxima: {str(form)[:40]!r}; expected 'relu' or 'fold'")
         numbers, base = document["clauses"], document.get("root", 0)
         if (
             not isinstance(numbers, list)

@@ -16,6 +16,7 @@ import numpy as np
 
 Array = np.ndarray
 TILE = 4  # places of an image, in both directions, whose rows are worked on together
+SPARSE = 20  # entries of a matrix for each that is not 0, from which on only those are kept
 RATIONAL = np.frompyfunc(Fraction, 1, 1)
 
 

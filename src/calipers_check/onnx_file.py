@@ -13,6 +13,7 @@ import numpy as np
 
 from calipers_check.errors import Unusable
 from calipers_check.layers import (
+    SPARSE,
     Array,
     Conv,
     Dense,
@@ -28,7 +29,6 @@ from calipers_check.layers import (
 )
 
 MAX_NUMBERS = 1 << 28  # of one value, or of one table of indices
-SPARSE = 20  # entries of a matrix for each that is not 0, from which on only those are kept
 
 
 class Variable:
@@ -203,13 +203,15 @@ class _Reader:
         shape = (*x.shape[:-1], matrix.shape[1])
         if bias is not None:
             bias = np.broadcast_to(_real(bias), shape).reshape(-1)
-        turned = np.ascontiguousarray(matrix.T)
-        if x.size == len(matrix) and 0 < SPARSE * np.count_nonzero(turned) < turned.size:
-            row, column = np.nonzero(turned)
-            entry = _real(turned[row, column])
-            step: Step = Sparse((x.number,), len(turned), row, column, entry, x.size, bias=bias)
+        if x.size == len(matrix) and 0 < SPARSE * np.count_nonzero(matrix) < matrix.size:
+            column, row = np.nonzero(matrix)
+            order = np.argsort(row, kind="stable")
+            column, row = column[order], row[order]
+            entry, size = _real(matrix[column, row]), matrix.shape[1]
+            step: Step = Sparse((x.number,), size, row, column, entry, x.size, bias=bias)
             return self.add(step, shape)
-        return self.add(Dense((x.number,), math.prod(shape), _real(turned), bias=bias), shape)
+        weight = _real(np.ascontiguousarray(matrix.T))
+        return self.add(Dense((x.number,), math.prod(shape), weight, bias=bias), shape)
 
 
 def _real(constant: Array) -> Array:

@@ -31,7 +31,6 @@ from torch import Tensor
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import INTERMEDIATE, Statistics, preactivations
 from calipers.bounds.linear import transposed
-from calipers.bounds.sparse import Array, Sparse
 from calipers.bounds.state import State, absolute, at, describe, start
 from calipers.errors import RegionError, UnsupportedOp, unknown_name
 from calipers.graph.graph import Network, Node
@@ -40,6 +39,7 @@ from calipers.ops.kinds import Activation, Affine, Bilinear, Extremum, Pieces
 from calipers.programs import Program
 from calipers.rounding import add
 from calipers.sets import Interval, Region
+from calipers_check.table import Array, Table
 
 EXACT = "an exact program takes piecewise-linear ops only; ask for the linear relaxation, or for branch and bound"
 CHUNK = 1 << 22  # numbers of a Jacobian at a time
@@ -55,7 +55,7 @@ class Form:
         rate: their matrix and offset are exact up to this share of ``size``.
     """
 
-    matrix: Sparse
+    matrix: Table
     offset: Array
     size: Array
     rate: float
@@ -85,7 +85,7 @@ class Encoding:
         """C·value + d as objectives (M, columns), constants in the column `ONE`, and their rounding (M,)."""
         units = (C.shape[1] + 3) * 2.0**-52 if self.value.rate else 0.0
         with np.errstate(invalid="ignore", over="ignore"):
-            rows = Sparse.of(torch.from_numpy(C)) @ self.value.matrix
+            rows = Table.of(C) @ self.value.matrix
             costs = rows.dense(self.program.columns)
             costs[:, ONE] += C @ self.value.offset + d
             size = np.abs(C) @ self.value.size + np.abs(d)
@@ -203,7 +203,7 @@ class _Builder:
         self.known: dict[str, Array] = {}  # value -> column of each element, -1 where it has none
         self.count = self.kinks = 0
         self._columns: list[tuple[Array, Array, Array]] = []
-        self._rows: list[tuple[Sparse, Array, Array, Array]] = []
+        self._rows: list[tuple[Table, Array, Array, Array]] = []
         self.columns(np.ones(1), np.ones(1))
 
     def columns(self, lower: Array, upper: Array, *, integral: bool = False) -> Array:
@@ -222,14 +222,14 @@ class _Builder:
         """One row for each position of the ``entries``, (columns, coefficients): columns that meet are summed."""
         n = len(entries[0][0])
         parts = [
-            Sparse(np.arange(n), column, np.broadcast_to(np.asarray(value, float), n), n)
+            Table(np.arange(n), column, np.broadcast_to(np.asarray(value, float), n), n)
             for column, value in entries
         ]
-        self.add(Sparse.total(parts), lower, upper, slack)
+        self.add(Table.total(parts), lower, upper, slack)
 
     def add(
         self,
-        matrix: Sparse,
+        matrix: Table,
         lower: Array | float,
         upper: Array | float,
         slack: Array | float = 0.0,
@@ -247,8 +247,8 @@ class _Builder:
     def program(self) -> Program:
         lower, upper, integral = (np.concatenate(part) for part in zip(*self._columns, strict=True))
         none = np.zeros(0)
-        rows = self._rows or [(Sparse.units(np.zeros(0, int)), none, none, none)]
-        matrix = Sparse.stack([r[0] for r in rows])
+        rows = self._rows or [(Table.units(np.zeros(0, int)), none, none, none)]
+        matrix = Table.stack([r[0] for r in rows])
         ends = [np.concatenate([r[i] for r in rows]) for i in (1, 2, 3)]
         index, starts = matrix.column.astype(np.int32), matrix.starts.astype(np.int32)
         return Program(
@@ -272,17 +272,17 @@ class _Builder:
         up, down = self.columns(zero, above), self.columns(zero, below)
         eps = region.outer_eps[0].item()
         both = np.concatenate([up, down])
-        self.add(Sparse(both * 0, both, np.ones(len(both)), 1), -math.inf, eps)
-        minus = Sparse.units(down)
-        matrix = Sparse.total(
-            [Sparse.units(up), Sparse(minus.row, minus.column, -minus.value, minus.rows)]
+        self.add(Table(both * 0, both, np.ones(len(both)), 1), -math.inf, eps)
+        minus = Table.units(down)
+        matrix = Table.total(
+            [Table.units(up), Table(minus.row, minus.column, -minus.value, minus.rows)]
         )
         self.forms[name] = Form(matrix, _flat(center), above + below + np.abs(_flat(center)), 0.0)
 
     def own(self, column: Array, lower: Array, upper: Array) -> Form:
         """Values that are columns themselves."""
         return Form(
-            Sparse.units(column),
+            Table.units(column),
             np.zeros(len(column)),
             np.maximum(np.abs(lower), np.abs(upper)),
             0.0,
@@ -303,9 +303,9 @@ class _Builder:
             low, high = (end[new] for end in self.box(name))
             column[new] = self.columns(low, high)
             part = form.matrix.take(new)
-            minus = Sparse(part.row, part.column, -part.value, part.rows)
+            minus = Table(part.row, part.column, -part.value, part.rows)
             offset = form.offset[new]
-            total = Sparse.total([Sparse.units(column[new]), minus])
+            total = Table.total([Table.units(column[new]), minus])
             self.add(total, offset, offset, form.rate * form.size[new])
         return column
 
@@ -346,11 +346,11 @@ def _affine(builder: _Builder, step: Step) -> Form:
     gamma = state.gamma(kind.terms(*args, **kwargs))
     rate = (1 + max(f.rate for f in forms.values())) * (1 + gamma) - 1
     offset = _flat(node.op(*put("offset"), **kwargs))
-    return Form(Sparse.total(matrices), offset, _flat(size) * (1 + gamma), rate)
+    return Form(Table.total(matrices), offset, _flat(size) * (1 + gamma), rate)
 
 
-def _jacobian(state: State, step: Step, index: int) -> Sparse:
-    def make(state: State, _: str) -> Sparse:
+def _jacobian(state: State, step: Step, index: int) -> Table:
+    def make(state: State, _: str) -> Table:
         shape = step.node.shape
         n = math.prod(shape)
         rows = max(1, CHUNK // max(n, math.prod(state.shape(step.node.operands[index]))))
@@ -359,8 +359,8 @@ def _jacobian(state: State, step: Step, index: int) -> Sparse:
             units = torch.zeros(min(rows, n - first), n, dtype=torch.float64)
             units[:, first:].fill_diagonal_(1.0)
             back = transposed(state, step, index, units.reshape(-1, *shape))
-            parts.append(Sparse.of(back.reshape(len(units), -1)))
-        return Sparse.stack(parts)
+            parts.append(Table.of(back.reshape(len(units), -1).numpy()))
+        return Table.stack(parts)
 
     return state.once(f"jacobian {index}", step.node.name, make)
 
@@ -422,14 +422,14 @@ def _piecewise(builder: _Builder, step: Step, pieces: Pieces) -> Form:
         size[where] += abs(bend) * (high[where] - p)
     if builder.relaxed and (several := np.flatnonzero(bent > 1)).size:
         _whole_lines(builder, step, several, entries, z, cuts[first], size)
-    matrix = Sparse.total([_scaled(column, value) for column, value in entries])
+    matrix = Table.total([_scaled(column, value) for column, value in entries])
     return Form(matrix, cuts[first], size, builder.state.gamma(2 * len(points)))
 
 
-def _scaled(column: Array, value: Array) -> Sparse:
+def _scaled(column: Array, value: Array) -> Table:
     keep = np.where(value != 0, column, -1)
-    units = Sparse.units(keep)
-    return Sparse(units.row, units.column, value[units.row], units.rows)
+    units = Table.units(keep)
+    return Table(units.row, units.column, value[units.row], units.rows)
 
 
 def _kink(builder: _Builder, z: Array, p: float, low: Array, high: Array) -> Array:
@@ -477,13 +477,13 @@ def _whole_lines(
     y[where] = builder.columns(low[where], high[where])
     gamma = builder.state.gamma(8)
     parts = [_scaled(c, v).take(where) for c, v in entries]
-    total = Sparse.total([Sparse.units(y[where]), *(_negative(p) for p in parts)])
+    total = Table.total([Table.units(y[where]), *(_negative(p) for p in parts)])
     builder.add(total, cut[where], cut[where], gamma * (size[where] + np.abs(cut[where])))
     _lines(builder, step, where, [(y, 1.0)], z, size)
 
 
-def _negative(matrix: Sparse) -> Sparse:
-    return Sparse(matrix.row, matrix.column, -matrix.value, matrix.rows)
+def _negative(matrix: Table) -> Table:
+    return Table(matrix.row, matrix.column, -matrix.value, matrix.rows)
 
 
 def _bilinear(builder: _Builder, step: Step) -> Form:
@@ -559,7 +559,7 @@ def _choose(builder: _Builder, m: Array, owner: Array, e: Array, big: Array) -> 
     v = builder.columns(np.zeros(len(e)), np.ones(len(e)), integral=True)
     big = np.nextafter(big, math.inf)
     builder.rows([(m[owner], 1.0), (e, -1.0), (v, big)], -math.inf, big)
-    builder.add(Sparse(owner, v, np.ones(len(v)), len(m)), 1.0, 1.0)
+    builder.add(Table(owner, v, np.ones(len(v)), len(m)), 1.0, 1.0)
 
 
 RULES: dict[type, Callable[[_Builder, Step], Form]] = {

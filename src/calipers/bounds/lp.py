@@ -20,13 +20,13 @@ from torch import Tensor
 from calipers.bounds.encode import Encoding, encode, prepare
 from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import Statistics, crown, undecided
-from calipers.bounds.sparse import Array
 from calipers.bounds.state import State, check_spec, met, stacked, start, working_dtype
 from calipers.graph.graph import Network, Node
 from calipers.ops.kinds import Affine
 from calipers.programs import Program, Solution, dual_value, solver
 from calipers.sets import Interval, Region, cast
 from calipers.spec import Spec
+from calipers_check.table import Array
 
 CUTS = 40  # tangent planes of an l2 ball, at most
 TOUCHING = 1e-6  # a point this near the ball, relative to its radius, asks for no further plane

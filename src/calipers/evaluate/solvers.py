@@ -119,6 +119,7 @@ def complete(
     progress: Callable[[Outcome], None] | None = None,
     accept: Callable[[Tensor], bool] = lambda _: True,
     record: bool = False,
+    midway: Callable[[], None] | None = None,
 ) -> Complete:
     """The outcome of the table's searches on one region (B = 1); the first that decides ends it.
 
@@ -127,12 +128,21 @@ def complete(
     Args:
         accept: judges the point (1, *x) that a search returns; after one that it refuses the next solver is asked.
         record: have the searches note how they prove what they prove.
+        midway: called once, before sub-regions are first looked at for counterexamples.
     """
     kind = problem(network, region)
     ready = [(e, f) for e in SOLVERS if e.suits(kind) and (f := e.load()) is not None]
     best = Complete(Outcome(reason="no complete search of this version suits the problem"), "")
     reasons: list[str] = []
-    attack = partial(_attack, network, torch.Generator().manual_seed(0), kind.varying <= SOME)
+    look = partial(_attack, network, torch.Generator().manual_seed(0), kind.varying <= SOME)
+    before = [] if midway is None else [midway]
+
+    def attack(region: Region, spec: Spec) -> Tensor:
+        with torch.enable_grad():  # which searches do without
+            while before:
+                before.pop()()
+        return look(region, spec)
+
     for place, (entry, solve) in enumerate(ready):
         now = time.perf_counter()
         if now >= deadline:

@@ -36,6 +36,7 @@ from calipers.evaluate.checks import agreement, check_parameters, onnxruntime_re
 from calipers.evaluate.limits import TimeIsUp, alarm
 from calipers.evaluate.solvers import FEW, complete, harder, problem
 from calipers.exact import Outcome, branch
+from calipers.exact.lattice import with_maxima
 from calipers.exact.record import Record
 from calipers.graph.graph import Network, evaluating
 from calipers.sets import Region
@@ -281,25 +282,29 @@ class _Search:
             self.stage = "attack"
             self.attack(self.left, limit)
             return
+        folded = with_maxima(self.network)
         for method in BOUNDS:
             self.stage = method.__name__
-            self.bound(method)
+            self.bound(method, folded)
             if not self.open():
                 return
+        midway = None
         if not self.few:  # there the complete search bounds cheaply enough, and attacks as it goes
             self.stage = "attack"
             self.attack(min(ATTACK * self.left, SECOND) if limit is None else self.left, limit)
-            self.stage = "alpha_crown"
-            if self.record:
-                self.bound_recorded()
+            if len(self.open()) == 1:  # which the complete search begins with bounding like that
+                midway = self.long_attack
             else:
-                self.bound(alpha_crown)
-            if not self.open():
-                return
-            self.stage = "attack"
-            self.attack(min(ATTACK * self.left, LONGEST) if limit is None else self.left, limit)
+                self.stage = "alpha_crown"
+                if self.record:
+                    self.bound_recorded()
+                else:
+                    self.bound(alpha_crown, self.network)
+                if not self.open():
+                    return
+                self.long_attack()
         self.stage = "complete search"
-        self.complete()
+        self.complete(midway)
         if self.open() and self.domains is None:
             self.stage = "attack"
             self.attack(min(self.left, LAST))
@@ -367,6 +372,15 @@ class _Search:
         with suppress(CalipersError, ValueError):
             for batch in corners(self.network, region, spec):
                 yield Suggestion(*batch)
+
+    def long_attack(self) -> None:
+        """What comes between bounds of whole boxes and their parts."""
+        stage, self.stage = self.stage, "attack"
+        if self.domains is None:
+            self.attack(min(ATTACK * self.left, LONGEST))
+        else:
+            self.attack(self.left, ROUNDS)
+        self.stage = stage
 
     def judge(self, region: Region, spec: Spec, points: Tensor, rows: Tensor) -> None:
         """Replay the most promising points; an accepted one ends the search.
@@ -437,9 +451,9 @@ class _Search:
         )
         return harder(case.spec, radius)
 
-    def bound(self, method: Callable[..., Tensor]) -> None:
+    def bound(self, method: Callable[..., Tensor], network: Network) -> None:
         """Lower bounds of the open boxes by one method; of large networks in float32, rounding subtracted too."""
-        dtype = torch.float32 if 2 * neurons(self.network) > LARGE else torch.float64
+        dtype = torch.float32 if 2 * neurons(network) > LARGE else torch.float64
         for place, (region, spec) in enumerate(self.safe_cases):
             boxes = [b for b in self.open() if b.case == place]
             if not boxes:
@@ -448,7 +462,7 @@ class _Search:
             try:
                 with torch.no_grad():
                     values = method(
-                        self.network, region[rows], spec[rows], dtype=dtype, rigorous=True,
+                        network, region[rows], spec[rows], dtype=dtype, rigorous=True,
                         memory=self.memory,
                     )  # fmt: skip
             except UnsupportedOp as error:
@@ -485,7 +499,7 @@ class _Search:
     def few(self) -> bool:
         return all(problem(self.network, c.region).varying <= FEW for c in self.query.cases)
 
-    def complete(self) -> None:
+    def complete(self, midway: Callable[[], None] | None) -> None:
         """Complete search, box by box, the most promising first; what one leaves of its time the later ones have."""
         left = sorted(self.open(), key=lambda b: -b.lower)
         for i, box in enumerate(left):
@@ -500,14 +514,16 @@ class _Search:
                     self.network, region[row], spec[row], memory=self.memory,
                     deadline=now + (self.deadline - now) / (len(left) - i),
                     progress=partial(self._follow, box), accept=partial(self.accept, region[row], own),
-                    record=self.record,
+                    record=self.record, midway=midway,
                 )  # fmt: skip
             if found is None:
                 box.reason = f"{self.domains} sub-problems, the limit, did not decide it"
                 continue
             outcome = found.outcome
             box.domains, box.reason = outcome.domains, outcome.reason
-            self.note(box, outcome.lower, found.method, found.record)
+            whole = found.method == "branch" and not outcome.domains
+            method = "alpha_crown" if whole else found.method
+            self.note(box, outcome.lower, method, found.record)
             if outcome.point is not None:
                 self.stage = found.method
                 self.compare()

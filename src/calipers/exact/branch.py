@@ -41,6 +41,7 @@ SHARE = 0.25  # of the rows bounded so far that intervals computed again may cos
 INSIDE = 0.1  # choices and multipliers are kept so far from their ends where splits are picked
 ROWS = 512  # intermediate bounds computed together
 MORE, SPAN = 3, 4  # times as many steps where progress over so many lets hope for a proof
+SLACK = 1e-2  # of the root's bound, which proofs that are noted have to spare: a checker's intervals differ a little
 REACH = 0.1  # steps aim at a positive bound, so far on the other side of zero
 SCORES: dict[str, Callable[[Batch], Tensor]] = {}
 
@@ -65,6 +66,7 @@ def branch(
     """Decide one region: a proof in real arithmetic, or a member where the margin is seen to fail.
 
     Args:
+        attack: called once, where the bounds of the whole region do not suffice.
         batch: sub-problems bounded together; None: as many as `VALUES` numbers of the network allow, 64 to 1024.
         steps: ascent steps on the lines and multipliers of a batch; `MORE` times as many for what they seem to prove.
         candidates: splits tried on every sub-problem; the one whose children are bounded best is taken.
@@ -94,9 +96,7 @@ def branch(
     )  # fmt: skip
     with torch.no_grad():
         try:
-            if attack is not None:
-                search.judge(attack(region, spec).detach())
-            search.run()
+            search.run(attack)
         except TimeoutError:
             search.reason = search.reason or "the time is up"
     return search.outcome()
@@ -137,20 +137,15 @@ class Search:
         reason = "" if self.point is not None else self.reason
         return Outcome(self.lower, self.point, self.count, reason)
 
-    def run(self) -> None:
-        if self.point is not None:
-            return
+    def run(self, attack: Callable[[Region, Spec], Tensor] | None) -> None:
         open_, low = self.root()
-        if not open_.any():
+        if not open_.any() or not self.worth(low[open_[self.spec.clause]]):
             return
-        if not bool(torch.isfinite(low[open_[self.spec.clause]]).all()):
-            self.reason = "bounds of the whole region are not finite, and splits of neurons will not make them so"
-            return
-        if self.whole:
-            self.reason = "only the region as a whole was bounded"
-            return
+        if attack is not None:
+            self.judge(attack(self.region, self.spec).detach())
         stack = [self.planted(self.sure.root(*self._starts(open_, low)), open_)]
-        stack[0] = self.improved(stack[0])
+        if self.point is None:
+            stack[0] = self.improved(stack[0])
         while stack and self.point is None:
             stack[-1] = self.closed(stack[-1])
             domains = self.refreshed(_taken(stack, self.batch))
@@ -173,6 +168,14 @@ class Search:
                 self.progress(replace(self.outcome(), reason=f"{left} open"))
         if self.point is None:
             self.lower = max(self.lower, math.ulp(0.0))
+
+    def worth(self, low: Tensor) -> bool:
+        """Whether what the root left open, with these bounds, is to be split."""
+        if not bool(torch.isfinite(low).all()):
+            self.reason = "bounds of the whole region are not finite, and splits of neurons will not make them so"
+        elif self.whole:
+            self.reason = "only the region as a whole was bounded"
+        return not self.reason
 
     # -- the root -----------------------------------------------------------------------------------------------------
 
@@ -206,6 +209,8 @@ class Search:
             boxes = state.boxes
             self.sure = self._problem(boxes, members, torch.float64, rigorous=True)
             self.problem = self._problem(boxes, members, torch.float32, rigorous=False)
+            if record is not None:
+                self._demand(SLACK * low[0].abs())
         return open_, low[0]
 
     def planted(self, root: Domains, open_: Tensor) -> Domains:
@@ -224,6 +229,10 @@ class Search:
         value = float(self.spec.margin(low)[0])
         if value > self.lower:
             self.lower = value
+
+    def _demand(self, slack: Tensor) -> None:
+        for problem in (self.sure, self.problem):
+            problem.slack = slack.to(problem.d)
 
     def _state(self, dtype: torch.dtype, *, rigorous: bool) -> State:
         working = working_dtype(self.network, self.spec, dtype, rigorous=rigorous)
@@ -362,7 +371,12 @@ class Search:
         return replace(left, bound=left.bound.clamp_max(0.0))
 
     def finished(self, domains: Domains) -> bool:
-        """Whether sub-problems without a neuron to split are proved: as linear programs, or else by patience."""
+        """Whether sub-problems without a neuron to split are proved: as linear programs, or else by patience.
+
+        They need nothing to spare, since nothing in them depends on intervals.
+        """
+        slack = self.sure.slack
+        self._demand(torch.zeros_like(slack))
         linear = programmable(self.sure)
         left = self._programs(domains) if linear else domains
         if len(left) and self.point is None:
@@ -372,6 +386,7 @@ class Search:
         if len(left) and self.point is None:
             what = "its linear program is a near tie" if linear else "it is no linear program"
             self.reason = f"a sub-problem without a neuron to split stayed open: {what}"
+        self._demand(slack)
         return not len(left)
 
     def _programs(self, domains: Domains) -> Domains:

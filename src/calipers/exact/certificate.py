@@ -24,6 +24,7 @@ from torch import Tensor
 
 from calipers.errors import CertificateError
 from calipers.exact.grow import grown
+from calipers.exact.lattice import with_maxima
 from calipers.exact.maxima import without_maxima
 from calipers.exact.record import Proof, Record
 from calipers.graph import primitives as prim
@@ -33,7 +34,7 @@ from calipers.ops.kinds import Affine
 from calipers.sets import Region
 from calipers.spec import Spec
 from calipers.vnnlib import Case
-from calipers_check import onnx_file
+from calipers_check import lattice, onnx_file
 from calipers_check.container import read_bytes
 from calipers_check.vnnlib import Clause
 from calipers_check.vnnlib import clauses as clauses_of
@@ -54,18 +55,18 @@ class Tree(NamedTuple):
     Args:
         clauses: that it proves.
         back: how many trees before it is the one whose root it shares; 0 for none.
-        maxima: whether it is about the network with its maxima as ReLUs.
+        maxima: "relu" if it is about the network with its maxima as ReLUs, "fold" if with its ReLUs as maxima.
     """
 
     clauses: list[int]
     arrays: Arrays
     back: int = 0
-    maxima: bool = False
+    maxima: str = ""
 
     def entry(self, number: int) -> dict[str, Any]:
         """Its line in the document."""
         base = {"root": number - self.back} if self.back else {}
-        return {"clauses": self.clauses, **base, **({"maxima": "relu"} if self.maxima else {})}
+        return {"clauses": self.clauses, **base, **({"maxima": self.maxima} if self.maxima else {})}
 
 
 class Claim(NamedTuple):
@@ -213,16 +214,23 @@ def _grown(
 ) -> list[Tree]:
     """The trees of one search or bound; of input splits such that the checker's rules suffice."""
     numbers = numbered(network)
+    folded = with_maxima(network) is not network
+    form = "fold" if folded else ""
     if isinstance(how, str):
-        return [named(how, claims)]
+        return [named(how, claims)._replace(maxima=form)]
     if not how.of_inputs:  # what `branch` notes is about the network without its maxima
         plain = without_maxima(network)
         split = plain is not network
         found = trees(how, claims, numbered(plain) if split else numbers)
-        return [tree._replace(maxima=split) for tree in found]
+        return [tree._replace(maxima="relu" if split else "") for tree in found]
     own = list(trees(how, claims, numbers))
     model = onnx_file.network(read_bytes(file))
-    return [t._replace(arrays=grown(t.arrays, model, clauses, t.clauses, seconds)) for t in own]
+    if folded:
+        model = lattice.with_maxima(model)
+    return [
+        t._replace(arrays=grown(t.arrays, model, clauses, t.clauses, seconds), maxima=form)
+        for t in own
+    ]
 
 
 def _text(path: Path) -> str:

@@ -135,13 +135,15 @@ class Problem:
         state: of the whole region (one example), with the root's intermediate bounds and reference.
         C, d: (M, K) and (M,), the functionals; ``members`` (clauses, members) their numbers by clause, −1 for none.
         like: the same problem in another precision, whose undecided elements are taken over.
+
+    ``slack`` (M,), not negative, is subtracted from all bounds: who wants them to be positive wants so much more.
     """
 
     def __init__(
         self, state: State, C: Tensor, d: Tensor, members: Tensor, like: Problem | None = None
     ) -> None:
         self.state, self.members = state, members
-        self.C, self.d = C, d
+        self.C, self.d, self.slack = C, d, torch.zeros_like(d)
         self.layers: dict[str, Layer] = {}
         start = 0
         for step in state.facts.steps:
@@ -285,7 +287,8 @@ class Problem:
     def rows(self, clause: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The functionals to bound: rows (n, K), and their value at the reference output, rounded down: (n,)."""
         numbers, share = self.members[clause], self.share(clause, weights)  # (n, members)
-        C, d = self.C[numbers.clamp_min(0)], self.d[numbers.clamp_min(0)]
+        own = numbers.clamp_min(0)
+        C, d = self.C[own], (self.d - self.slack)[own]
         A, offset = (share.unsqueeze(2) * C).sum(1), (share * d).sum(1)
         value = at_reference(self.state, A.unsqueeze(0), offset.unsqueeze(0))[0]
         gamma = self.state.gamma(numbers.shape[1] + 2) if numbers.shape[1] > 1 else 0.0

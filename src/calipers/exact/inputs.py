@@ -79,8 +79,7 @@ def split_inputs(
     """
     _require(region, spec)
     with torch.no_grad():
-        bounded = network if record is not None else with_maxima(network)
-        search = _search(bounded, region, spec, memory or MEMORY, deadline)
+        search = _search(with_maxima(network), region, spec, memory or MEMORY, deadline)
         search.record = record
         if len(search.inputs) > DIMENSIONS:
             return Outcome(

@@ -138,21 +138,29 @@ def _certified(
 
 def mnist_linf_0p3_pgd(
     *,
-    epochs: int = 12,
+    epochs: int = 16,
     ramp: float = 3.0,
-    steps: int = 7,
-    step_size: float = 0.25,
+    train_eps: float = 0.38,
+    steps: int = 5,
+    step_size: float = 0.5,
     weight: float = 1.0,
     lr: float = 2e-3,
     batch: int = 128,
-    network: str = "small",
+    network: str = "stretch",
+    precision: str | None = None,
     seed: int = 0,
 ) -> Run:
-    """Empirically robust at 0.3: PGD from random starts, eps rising over the first epochs."""
-    objective = partial(objectives.pgd, steps=steps, step_size=step_size, weight=weight)
+    """Empirically robust at 0.3: few long steps of PGD at a larger radius, which rises over the first epochs.
+
+    precision=bfloat16 runs the attack alone in it: three fifths of the time on a processor that has it.
+    """
+    objective = partial(
+        objectives.pgd, steps=steps, step_size=step_size, weight=weight, precision=precision
+    )
     return _adversarial(
-        "mnist_linf_0p3_pgd", objective, minutes=6, expected="98.3 % clean, 89.5 % under PGD-50x10",
-        epochs=epochs, ramp=ramp, lr=lr, batch=batch, network=network, seed=seed
+        "mnist_linf_0p3_pgd", objective, minutes=12,
+        expected="99.2 % clean, 94.6 % under PGD-50x10, 93.2 % under the attack cascade",
+        epochs=epochs, ramp=ramp, train_eps=train_eps, lr=lr, batch=batch, network=network, seed=seed,
     )  # fmt: skip
 
 
@@ -184,6 +192,7 @@ def _adversarial(
     batch: int,
     network: str,
     seed: int,
+    train_eps: float = 0.3,
     fallback: Objective | None = None,
     minutes: float | None = None,
     expected: str = "",
@@ -195,7 +204,7 @@ def _adversarial(
         threat=ThreatModel(math.inf, "0.3"),
         objective=objective,
         fallback=fallback,
-        eps=linear(0.0, 0.3, end=ramp),
+        eps=linear(0.0, train_eps, end=ramp),
         lr=one_cycle(lr, epochs=epochs),
         epochs=epochs,
         batch=batch,

@@ -156,9 +156,13 @@ class View:
         Args:
             precision: run under autocast in this dtype.
         """
-        graph = quick(self.network.graph)
+        quicker = quick(self.network.graph)
+        graph = quicker.graph
         with self.evaluating():
-            env = {k: _constant(v) if isinstance(v, Tensor) else v for k, v in self.bound().items()}
+            values = self.bound().items()
+        env = quicker.evaluable(
+            {k: _constant(v) if isinstance(v, Tensor) else v for k, v in values}
+        )
         if precision is None:
             return lambda x: evaluate(graph, env, x)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from calipers.graph import primitives as prim
 from calipers.graph.graph import Graph, Node, Ref
 from calipers.ops.affine import pull_back
 
@@ -56,18 +59,71 @@ def image_convolution(
     return y
 
 
-_KNOWN: WeakKeyDictionary[Graph, Graph] = WeakKeyDictionary()
+def from_image(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """A linear layer of the images ``x`` (B, C, H, W), which need not be copied where channels are innermost.
+
+    Args:
+        w: its matrix as `innermost` has it.
+    """
+    return F.linear(x.permute(0, 2, 3, 1).flatten(1), w, b)
 
 
-def quick(graph: Graph) -> Graph:
-    """The same function where parameters are constants: convolutions of the image, and ReLUs in place."""
+def innermost(w: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A matrix whose columns belong to pixels (C, H, W), for ones in the order (H, W, C)."""
+    return w.view(-1, *shape).permute(0, 2, 3, 1).flatten(1)
+
+
+class Quick(NamedTuple):
+    """The graph, and what its nodes read besides the original's values: name -> the matrix, the shape of an image."""
+
+    graph: Graph
+    matrices: Mapping[str, tuple[str, tuple[int, ...]]]
+
+    def evaluable(self, env: dict[str, Any]) -> dict[str, Any]:
+        """``env``, what `bind` gives for the original graph, with the matrices."""
+        return env | {k: innermost(env[w], shape) for k, (w, shape) in self.matrices.items()}
+
+
+_KNOWN: WeakKeyDictionary[Graph, Quick] = WeakKeyDictionary()
+
+
+def quick(graph: Graph) -> Quick:
+    """The same function where parameters are constants: convolutions of the image, linear layers of images, and ReLUs
+    in place."""
     known = _KNOWN.get(graph)
     if known is None:
         readers = Counter(name for node in graph.nodes for name in node.operands)
-        known = _KNOWN[graph] = replace(
-            graph, nodes=tuple(_quick(graph, node, readers) for node in graph.nodes)
-        )
+        nodes, matrices = _flattened(graph, readers)
+        nodes = tuple(_quick(graph, node, readers) for node in nodes)
+        known = _KNOWN[graph] = Quick(replace(graph, nodes=nodes), matrices)
     return known
+
+
+def _flattened(
+    graph: Graph, readers: Counter[str]
+) -> tuple[tuple[Node, ...], dict[str, tuple[str, tuple[int, ...]]]]:
+    """The nodes, with linear layers that read images themselves in place of their flattened copies."""
+    nodes = dict(graph.node)
+    matrices: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for node in graph.nodes:
+        if node.op is not F.linear or len(node.args) < 2 or node.args[1].name not in graph.params:
+            continue
+        source = graph.node.get(node.args[0].name)
+        image = None if source is None else graph.node.get(source.operands[0])
+        if source is None or image is None or not _flat(graph, source, image, readers):
+            continue
+        name = f"{node.args[1].name} of {image.name}"
+        matrices[name] = node.args[1].name, image.shape
+        args = (Ref(image.name), Ref(name), *node.args[2:])
+        nodes[node.name] = replace(node, op=from_image, args=args)
+        del nodes[source.name]
+    return tuple(nodes.values()), matrices
+
+
+def _flat(graph: Graph, node: Node, image: Node, readers: Counter[str]) -> bool:
+    """Whether ``node`` lays an image's pixels in a row, for one reader."""
+    flat = node.op is prim.reshape and node.shape == (math.prod(image.shape),)
+    return flat and len(image.shape) == 3 and image.name in graph.active and readers[node.name] == 1
 
 
 def _quick(graph: Graph, node: Node, readers: Counter[str]) -> Node:

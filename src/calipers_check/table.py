@@ -1,4 +1,4 @@
-"""Sparse matrices as triplets, with what an encoding needs of them (torch's own warn of their beta state)."""
+"""Table matrices as triplets, with what an encoding needs of them (torch's own warn of their beta state)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Sparse:
+class Table:
     """Entries ``value`` at (row, column), sorted by row, none twice."""
 
     row: Array
@@ -21,19 +20,18 @@ class Sparse:
     rows: int
 
     @classmethod
-    def units(cls, columns: Array) -> Sparse:
+    def units(cls, columns: Array) -> Table:
         """Row i is the unit vector of column ``columns[i]``; a negative one gives an empty row."""
         row = np.flatnonzero(columns >= 0)
         return cls(row, columns[row], np.ones(len(row)), len(columns))
 
     @classmethod
-    def of(cls, dense: Tensor) -> Sparse:
-        where = dense.nonzero()
-        value = dense[where[:, 0], where[:, 1]]
-        return cls(where[:, 0].numpy(), where[:, 1].numpy(), value.numpy(), len(dense))
+    def of(cls, dense: Array) -> Table:
+        row, column = dense.nonzero()
+        return cls(row, column, dense[row, column], len(dense))
 
     @classmethod
-    def total(cls, parts: list[Sparse]) -> Sparse:
+    def total(cls, parts: list[Table]) -> Table:
         """The sum of matrices of as many rows."""
         if len(parts) == 1:
             return parts[0]
@@ -43,7 +41,7 @@ class Sparse:
         return _merged(row, column, value, parts[0].rows)
 
     @classmethod
-    def stack(cls, parts: list[Sparse]) -> Sparse:
+    def stack(cls, parts: list[Table]) -> Table:
         """One below the other."""
         starts = np.cumsum([0, *(p.rows for p in parts)])
         row = np.concatenate([p.row + s for p, s in zip(parts, starts, strict=False)])
@@ -55,7 +53,7 @@ class Sparse:
         """Where each row begins, and the end."""
         return np.append(0, np.cumsum(np.bincount(self.row, minlength=self.rows)))
 
-    def __matmul__(self, other: Sparse) -> Sparse:
+    def __matmul__(self, other: Table) -> Table:
         starts = other.starts
         first, count = starts[self.column], np.diff(starts)[self.column]
         if (count == 1).all():
@@ -66,9 +64,18 @@ class Sparse:
         row, value = np.repeat(self.row, count), np.repeat(self.value, count) * other.value[at]
         return _merged(row, other.column[at], value, self.rows)
 
-    def take(self, rows: Array) -> Sparse:
+    def scaled(self, factors: Array) -> Table:
+        """Each row times its factor."""
+        return Table(self.row, self.column, self.value * factors[self.row], self.rows)
+
+    def nonzero(self) -> Table:
+        """Without entries of 0."""
+        keep = self.value != 0
+        return Table(self.row[keep], self.column[keep], self.value[keep], self.rows)
+
+    def take(self, rows: Array) -> Table:
         """Some of the rows, in the order asked for."""
-        return Sparse.units(rows) @ self
+        return Table.units(rows) @ self
 
     def dense(self, columns: int) -> Array:
         out = np.zeros((self.rows, columns))
@@ -76,7 +83,7 @@ class Sparse:
         return out
 
 
-def _merged(row: Array, column: Array, value: Array, rows: int) -> Sparse:
+def _merged(row: Array, column: Array, value: Array, rows: int) -> Table:
     width = int(column.max(initial=0)) + 1
     key, place = np.unique(row * width + column, return_inverse=True)
-    return Sparse(key // width, key % width, np.bincount(place, value, len(key)), rows)
+    return Table(key // width, key % width, np.bincount(place, value, len(key)), rows)
