@@ -14,8 +14,9 @@ from calipers.bounds import interval
 from calipers.graph.capture import capture
 from calipers.training import objectives
 from calipers.training.normalisation import fixed, normalised, observed, update_running
-from calipers.training.objectives import OBJECTIVES, Step
+from calipers.training.objectives import OBJECTIVES
 from calipers.training.points import pgd
+from calipers.training.step import Step
 
 THREAT = ThreatModel(math.inf, 0.05)
 X = torch.rand(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

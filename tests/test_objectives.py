@@ -15,11 +15,13 @@ from torch import nn
 from calipers import Spec, ThreatModel
 from calipers.bounds import crown_ibp, dual, interval
 from calipers.bounds.interval import propagate
+from calipers.bounds.losses import cross_entropy as margin_entropy
 from calipers.graph.capture import capture
 from calipers.training import latent, margins, objectives, points
 from calipers.training.normalisation import fixed
-from calipers.training.objectives import OBJECTIVES, Step, family
+from calipers.training.objectives import OBJECTIVES
 from calipers.training.regions import around
+from calipers.training.step import Step, combined, family, multiplied, small_box, summed
 
 EPS = 0.08
 THREAT = ThreatModel(math.inf, EPS)
@@ -129,9 +131,9 @@ def test_cc_and_exp_are_below_mtl_example_by_example(plain, alpha):
         step = Step(plain, X, Y, THREAT, SEEDS, point=points.pgd)
         return mix(step, alpha=alpha)
 
-    sums = each(objectives.summed)
-    assert (each(objectives.combined) <= sums + 1e-12).all()
-    assert (each(objectives.multiplied) <= sums + 1e-12).all()
+    sums = each(summed)
+    assert (each(combined) <= sums + 1e-12).all()
+    assert (each(multiplied) <= sums + 1e-12).all()
 
 
 def test_sabr_ends_in_ibp_and_in_adversarial_training(plain):
@@ -164,7 +166,7 @@ def test_small_boxes_lie_in_the_region_and_hold_the_point(plain):
         6
     )  # lower ends so small that differences with upper ones lose them
     for share in (0.0, 0.3, 0.7, 1.0):
-        box = partial(objectives.small_box, share=share)
+        box = partial(small_box, share=share)
         step = Step(network, x, Y, THREAT, SEEDS, point=points.pgd, region=box)
         whole, small = THREAT.around(x), step.region
         assert whole.contains(small.lower).all()
@@ -399,7 +401,7 @@ def test_latent_attack_on_a_linear_part_is_exact(plain):
 
 def test_taps_is_a_product_whose_first_factor_has_a_larger_gradient(plain):
     step = Step(plain, X, Y, THREAT, SEEDS)
-    inner = objectives.margin_entropy(step.latent(1, steps=10, step_size=0.2))
+    inner = margin_entropy(step.latent(1, steps=10, step_size=0.2))
     expected = (inner * step.certified_loss).mean()
     assert value(plain, objectives.taps) == pytest.approx(expected.item(), rel=1e-12)
     parameters = list(plain.module.parameters())

@@ -11,6 +11,7 @@ from torch import nn
 from calipers import ThreatModel
 from calipers.graph.capture import capture
 from calipers.sets import Interval
+from calipers.spec import Spec
 from calipers.training import margins, objectives
 from calipers.training.initialise import ibp_initialise
 from calipers.training.networks import cnn5, cnn7, gowal_medium, gowal_small, stretch, wong_small
@@ -101,7 +102,7 @@ def regulariser(network, objective, eps, **options):
 
 def test_it_looks_at_the_input_box_and_every_activations_input(network):
     region = around(ThreatModel(math.inf, 0.1), X)
-    found = margins.interval(fixed(network), region, objectives.Spec.label(Y, 3))
+    found = margins.interval(fixed(network), region, Spec.label(Y, 3))
     assert [found.boxes[name].lower.shape[1] for name in found.preactivations] == [12, 8]
     half = ((region.upper - region.lower) / 2).mean().item()
     layers = [found.boxes[name] for name in found.preactivations]

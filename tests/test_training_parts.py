@@ -198,6 +198,8 @@ def kinds(*records, full=True):
 
 def test_the_monitor_sees_what_it_should():
     assert kinds({"clean": 0.112}, {"clean": 0.113}) == ["chance"]
+    assert kinds({"loss": 2.301}, {"loss": 2.3026}) == ["chance"]  # bounds alone, no accuracy
+    assert not kinds({"loss": 2.301}, {"loss": 1.9})
     assert kinds({"clean": 0.112}, {"clean": 0.5}) == []
     assert kinds({"clean": 0.1}) == []
     assert kinds({"clean": 0.1}, {"clean": 0.1, "step": 34}) == []

@@ -58,6 +58,7 @@ MODULES = {
     ],
     "Training": [
         "calipers.training.objectives",
+        "calipers.training.step",
         "calipers.training.schedules",
         "calipers.training.linear",
         "calipers.training.smoothing",

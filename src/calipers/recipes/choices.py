@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from calipers.errors import unknown_name
 from calipers.training import objectives
-from calipers.training.objectives import Objective
+from calipers.training.step import Objective
 
 BOUNDS: dict[str, Objective] = {"interval": objectives.ibp, "crown_ibp": objectives.crown_ibp}
 

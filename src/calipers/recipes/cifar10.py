@@ -14,9 +14,9 @@ from calipers.training import objectives
 from calipers.training.augment import flip_and_crop
 from calipers.training.initialise import ibp_initialise
 from calipers.training.networks import cnn7
-from calipers.training.objectives import Loss
 from calipers.training.run import Run
 from calipers.training.schedules import multistep, smooth_ramp
+from calipers.training.step import Loss
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

@@ -13,9 +13,9 @@ from calipers.recipes.choices import bounded
 from calipers.sets import ThreatModel
 from calipers.training import objectives
 from calipers.training.initialise import ibp_initialise
-from calipers.training.objectives import Loss
 from calipers.training.run import Run
 from calipers.training.schedules import constant, one_cycle, smooth_ramp
+from calipers.training.step import Loss
 from calipers.zoo import mlp
 
 EPS = 0.1

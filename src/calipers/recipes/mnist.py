@@ -15,9 +15,9 @@ from calipers.sets import ThreatModel
 from calipers.training import objectives
 from calipers.training.initialise import ibp_initialise
 from calipers.training.networks import gowal_medium, stretch, wong_small
-from calipers.training.objectives import Objective
 from calipers.training.run import Run
 from calipers.training.schedules import linear, one_cycle, smooth_ramp
+from calipers.training.step import Objective
 
 VALIDATION = 5000
 PGD_50_10 = partial(attack, steps=50, step_size=1 / 30, restarts=10, random_start=True)

@@ -7,6 +7,7 @@ PGD on fixed training examples; ``unstable``: the share of undecided neurons on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ History = Sequence[Mapping[str, float]]
 PATIENCE = 2  # epochs that something must last
 STEPS = 200  # before which guessing is no sign
 CHANCE = 1.5  # times the accuracy of guessing
+NEAR = 0.02  # of the loss of equal logits
 FALL = 0.2  # of the probe's accuracy, from its best
 GROWTH = 1.5  # of the share of unstable neurons, over what it was at the full radius
 NOTICED = 0.1  # a share of unstable neurons that costs nothing
@@ -31,14 +33,26 @@ def chance(history: History, classes: int, *, full: bool) -> Finding | None:  # 
     """The network guesses."""
     recent = history[-PATIENCE:]
     early = len(recent) < PATIENCE or recent[-1].get("step", STEPS) < STEPS
-    if early or any(r.get("clean", 1) > CHANCE / classes for r in recent):
+    if early or not all(_guesses(r, classes) for r in recent):
         return None
+    seen = (
+        "accuracy on training batches is {clean:.1%}"
+        if "clean" in recent[-1]
+        else "the loss is {loss:.3f}"
+    )
     return Finding(
         "chance",
-        f"accuracy on training batches is {recent[-1]['clean']:.1%} after {len(history)} epochs, no better "
-        "than guessing: let eps rise over more epochs (smooth_ramp), lower lr, or use batch normalisation and "
+        f"{seen.format(**recent[-1])} after {len(history)} epochs, no better than guessing: let "
+        "eps rise over more epochs (smooth_ramp), lower lr, or use batch normalisation and "
         "ibp_initialise",
     )
+
+
+def _guesses(record: Mapping[str, float], classes: int) -> bool:
+    """By accuracy, or, where only bounds are trained on, by a loss that is that of equal logits."""
+    if "clean" in record:
+        return record["clean"] <= CHANCE / classes
+    return abs(record.get("loss", 0.0) - math.log(classes)) < NEAR
 
 
 def overfitting(history: History, classes: int, *, full: bool) -> Finding | None:  # noqa: ARG001

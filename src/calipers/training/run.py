@@ -16,8 +16,8 @@ from calipers.bounds import interval
 from calipers.describe import describe
 from calipers.errors import unknown_name
 from calipers.sets import ThreatModel
-from calipers.training.objectives import Objective
 from calipers.training.schedules import Schedule
+from calipers.training.step import Objective
 
 MEASURES = ("clean", "attacked", "certified")
 DEVICES = ("cpu", "gpu")

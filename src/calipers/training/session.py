@@ -19,8 +19,8 @@ from calipers.seeds import mixed
 from calipers.training import health
 from calipers.training.distributed import Group
 from calipers.training.examples import Examples, per_epoch, rows_of, seeds_of
-from calipers.training.objectives import Loss
 from calipers.training.run import Run
+from calipers.training.step import Loss
 from calipers.training.weights import average, l1, perturbed
 
 
