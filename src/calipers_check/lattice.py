@@ -20,10 +20,7 @@ from calipers_check.layers import Network, Step
 from calipers_check.table import Array, Table
 
 FEW = 16  # ReLUs that a row may read: two pairs of opposite ones, and the same again, are usual
-NARROW = (
-    2.0**-400,
-    2.0**400,
-)  # between which numbers and their units are, so that products neither vanish nor overflow
+TINY, HUGE = 2.0**-400, 2.0**400  # beyond them products of numbers or units may vanish or overflow
 MOST = 1 << 25  # products in one product of tables
 EXACT = 2.0**53  # multiples of a unit up to so many of it are float64 numbers
 
@@ -313,17 +310,17 @@ def _sum(left: Table | None, right: Table | None) -> Table | None:
 
 
 def _quanta(numbers: Array) -> float:
-    """The largest of the numbers, in units of the largest power of two that all are multiples of; inf where they leave
-    `NARROW`."""
+    """The largest of the numbers, in units of the largest power of two that all are multiples of; inf where they are too
+    large or small."""
     numbers = np.abs(numbers[numbers != 0])
     if not len(numbers):
         return 0.0
-    if not (numbers < NARROW[1]).all():
+    if not (numbers < HUGE).all():
         return math.inf
     mantissa, exponent = np.frexp(numbers)
     digits = (mantissa * EXACT).astype("i8")
     unit = (digits & -digits) * np.exp2(exponent - 53)
-    return float(numbers.max() / unit.min()) if unit.min() > NARROW[0] else math.inf
+    return float(numbers.max() / unit.min()) if unit.min() > TINY else math.inf
 
 
 def _families(table: Table) -> tuple[Array, Array]:
