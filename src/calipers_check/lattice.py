@@ -310,8 +310,8 @@ def _sum(left: Table | None, right: Table | None) -> Table | None:
 
 
 def _quanta(numbers: Array) -> float:
-    """The largest of the numbers, in units of the largest power of two that all are multiples of; inf where they are too
-    large or small."""
+    """The largest of the numbers, in units of the largest power of two that all are multiples of; inf where they are
+    too large or small."""
     numbers = np.abs(numbers[numbers != 0])
     if not len(numbers):
         return 0.0
