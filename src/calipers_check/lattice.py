@@ -332,7 +332,7 @@ def _families(table: Table) -> tuple[Array, Array]:
     order = np.argsort(np.abs(sums), kind="stable")
     upright = np.where(sums < 0, -1.0, 1.0)
     ordered = table.take(order).scaled(upright[order])
-    later = ordered.take(np.arange(1, table.rows)).scaled(-np.ones(table.rows))
+    later = -ordered.take(np.arange(1, table.rows))
     change = Table.total([ordered.take(np.arange(table.rows - 1)), later]).nonzero()
     fresh = np.ones(table.rows, bool)
     fresh[1:] = np.bincount(change.row, minlength=table.rows - 1) > 0

@@ -64,6 +64,9 @@ class Table:
         row, value = np.repeat(self.row, count), np.repeat(self.value, count) * other.value[at]
         return _merged(row, other.column[at], value, self.rows)
 
+    def __neg__(self) -> Table:
+        return Table(self.row, self.column, -self.value, self.rows)
+
     def scaled(self, factors: Array) -> Table:
         """Each row times its factor."""
         return Table(self.row, self.column, self.value * factors[self.row], self.rows)

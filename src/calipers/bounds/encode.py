@@ -273,10 +273,7 @@ class _Builder:
         eps = region.outer_eps[0].item()
         both = np.concatenate([up, down])
         self.add(Table(both * 0, both, np.ones(len(both)), 1), -math.inf, eps)
-        minus = Table.units(down)
-        matrix = Table.total(
-            [Table.units(up), Table(minus.row, minus.column, -minus.value, minus.rows)]
-        )
+        matrix = Table.total([Table.units(up), -Table.units(down)])
         self.forms[name] = Form(matrix, _flat(center), above + below + np.abs(_flat(center)), 0.0)
 
     def own(self, column: Array, lower: Array, upper: Array) -> Form:
@@ -302,10 +299,8 @@ class _Builder:
         if len(new):
             low, high = (end[new] for end in self.box(name))
             column[new] = self.columns(low, high)
-            part = form.matrix.take(new)
-            minus = Table(part.row, part.column, -part.value, part.rows)
             offset = form.offset[new]
-            total = Table.total([Table.units(column[new]), minus])
+            total = Table.total([Table.units(column[new]), -form.matrix.take(new)])
             self.add(total, offset, offset, form.rate * form.size[new])
         return column
 
@@ -477,13 +472,9 @@ def _whole_lines(
     y[where] = builder.columns(low[where], high[where])
     gamma = builder.state.gamma(8)
     parts = [_scaled(c, v).take(where) for c, v in entries]
-    total = Table.total([Table.units(y[where]), *(_negative(p) for p in parts)])
+    total = Table.total([Table.units(y[where]), *(-p for p in parts)])
     builder.add(total, cut[where], cut[where], gamma * (size[where] + np.abs(cut[where])))
     _lines(builder, step, where, [(y, 1.0)], z, size)
-
-
-def _negative(matrix: Table) -> Table:
-    return Table(matrix.row, matrix.column, -matrix.value, matrix.rows)
 
 
 def _bilinear(builder: _Builder, step: Step) -> Form:

@@ -271,16 +271,12 @@ class _Search:
             return
         check_parameters(self.network)
         self.stage = "attack"
-        if self.domains is not None:
-            self.attack(self.left, ROUNDS)
-        else:
-            self.attack(FIRST, len(SAMPLES) if self.few else None)
+        self.attack(FIRST, len(SAMPLES) if self.few else None)
         self.stage = "comparison with onnxruntime"
         self.compare()
-        limit = None if self.domains is None else ROUNDS
         if not self.safe_cases:
             self.stage = "attack"
-            self.attack(self.left, limit)
+            self.attack(self.left)
             return
         folded = with_maxima(self.network)
         for method in BOUNDS:
@@ -291,7 +287,7 @@ class _Search:
         midway = None
         if not self.few:  # there the complete search bounds cheaply enough, and attacks as it goes
             self.stage = "attack"
-            self.attack(min(ATTACK * self.left, SECOND) if limit is None else self.left, limit)
+            self.attack(min(ATTACK * self.left, SECOND))
             if len(self.open()) == 1:  # which the complete search begins with bounding like that
                 midway = self.long_attack
             else:
@@ -342,7 +338,12 @@ class _Search:
     # -- the upper end ----------------------------------------------------------------------------------
 
     def attack(self, seconds: float, rounds: int | None = None) -> None:
-        """Falsify the open boxes, the cases in turn, by at most so many batches of points each."""
+        """Falsify the open boxes, the cases in turn, by at most so many batches of points each.
+
+        Where work is limited, not time, by `ROUNDS` of them, whatever time that takes.
+        """
+        if self.domains is not None:
+            seconds, rounds = self.left, ROUNDS
         end = time.perf_counter() + seconds
         places = sorted({b.case for b in self.open()})
         for i, place in enumerate(places):
@@ -376,10 +377,7 @@ class _Search:
     def long_attack(self) -> None:
         """What comes between bounds of whole boxes and their parts."""
         stage, self.stage = self.stage, "attack"
-        if self.domains is None:
-            self.attack(min(ATTACK * self.left, LONGEST))
-        else:
-            self.attack(self.left, ROUNDS)
+        self.attack(min(ATTACK * self.left, LONGEST))
         self.stage = stage
 
     def judge(self, region: Region, spec: Spec, points: Tensor, rows: Tensor) -> None:
