@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import re
@@ -673,7 +674,7 @@ def test_work_is_counted_in_passes() -> None:
     assert work.passes / 2 == spent["interval"]
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv", "residual", "leaky", "leaky_negative", "abs"])
+@pytest.mark.parametrize("name", ["conv", "residual", "preactivation", "bottleneck", "max_pool"])
 def test_the_side_that_settles_a_neuron_is_enough(name: str, monkeypatch) -> None:
     """CROWN that bounds both sides of every neuron finds the same."""
     network = ARCHITECTURES[name](5)
@@ -712,3 +713,18 @@ def test_one_side_is_the_same_side(name: str, rigorous: bool) -> None:
         assert (torch.maximum(sides[0].lower, sides[1].lower) - both.lower).abs().max() <= 1e-9
         assert (torch.minimum(sides[0].upper, sides[1].upper) - both.upper).abs().max() <= 1e-9
         assert (torch.isinf(sides[0].lower) != torch.isinf(sides[0].upper)).all()
+
+
+@pytest.mark.parametrize("method", PASSES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "flatten"])
+def test_bounds_leave_what_they_are_given(name: str, method: str, monkeypatch) -> None:
+    """Rows are overwritten at the input where nobody needs them: never the specification's own, nor weights."""
+    monkeypatch.setattr(importlib.import_module("calipers.bounds.state"), "SMALL", 0)
+    movers = capture(nn.Flatten(), torch.zeros(3, 1, 3, 1))
+    network = movers if name == "flatten" else ARCHITECTURES[name](3)
+    region, spec = setting(network, count=1)  # whose rows are a view of the specification's
+    before = [spec.C.clone(), *(v.clone() for v in network.module.state_dict().values())]
+    first = PASSES[method](network, region, spec)
+    after = [spec.C, *network.module.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(PASSES[method](network, region, spec), first)

@@ -15,7 +15,7 @@ from torch import Tensor
 import contract
 from calipers.graph import primitives as prim
 from calipers.graph.graph import Graph, Node, Ref
-from calipers.ops import OPS, Activation, Affine, Bilinear, Extremum, kind_of, register
+from calipers.ops import OPS, Activation, Affine, Bilinear, Extremum, affine, kind_of, register
 from calipers.ops.activations import CURVES
 from calipers.sets import Interval
 from contract import Case, Const, In
@@ -403,3 +403,15 @@ def test_gradients_of_wide_lines(op: Any) -> None:
 
     assert torch.autograd.gradcheck(lines, (*leaves, share))
     assert torch.autograd.gradcheck(lambda l, u: tuple(kind.relax(Interval(l, u))), tuple(leaves))
+
+
+@pytest.mark.parametrize("stride", [1, [2, 1]])
+def test_convolutions_in_pieces(stride: Any, monkeypatch) -> None:
+    """In float64 a few images at a time: the same values, one image at a time and where all fit, and none at all."""
+    x = torch.randn(5, 3, 7, 8, dtype=torch.float64)
+    w, b = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    expected = torch.conv2d(x, w, b, stride, 1)
+    for size in (1, 2 * 27 * 56 * 8, 1 << 30):
+        monkeypatch.setattr(affine, "WINDOWS", size)
+        torch.testing.assert_close(affine.convolve(x, w, b, stride, 1), expected)
+        assert affine.convolve(x[:0], w, b, stride, 1).shape == (0, *expected.shape[1:])

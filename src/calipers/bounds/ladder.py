@@ -310,7 +310,10 @@ def tightener(
 
 def kink_of(state: State, name: str) -> float | None:
     """Where all that read a value nonlinearly have their only kink, if only affine ops follow: then nobody asks for the
-    intervals of what is on one side of it."""
+    intervals of what is on one side of it. None also without convolutions: through dense layers alone, the two rows of
+    an element share their products, and a second walk for some of them costs what it saves."""
+    if not any(step.node.op is torch.conv2d for step in state.facts.steps):
+        return None
     readers = [s for s in state.facts.steps if name in s.reads and not isinstance(s.kind, Affine)]
     after = {s.node.name for s in readers}
     kinks: set[tuple[float, ...]] = set()
@@ -357,44 +360,38 @@ def refine(
     meet: bool = True,
     sides: int = 2,
 ) -> None:
-    """Meet the interval of ``name`` with the one from ``bounds`` on the elements of ``mask`` (B, N); without
-    ``meet`` put it in its place. ``sides``: rows that ``bounds`` takes for an element."""
+    """Meet the interval of ``name`` with the one from ``bounds`` on the elements of ``mask`` (B, N); without ``meet``,
+    when it has to be all of them, put it in its place. ``sides``: rows that ``bounds`` takes for an element."""
     counts = mask.sum(1).tolist()
     if not any(counts):
         return
-    # each example's wanted positions first; shorter lists are filled up with others
-    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    low, high = (flat(end) for end in state.boxes[name])
-    lows, highs = [], []
+    known = state.boxes[name]
+    found = Interval(*(flat(torch.full_like(end, x)) for end, x in zip(known, LIMITS, strict=True)))
     row = row_bytes(state.network, state.dtype)
     small = elements(state.network.graph, state.env, name, state.network.input_shape)
     if small is not None:
         row = min(row, 6 * state.dtype.itemsize * small)
     for part, span, cuts in parts(state, [sides * c for c in counts], row):
-        index = order[span, : max(counts[span])]
+        index, filled = _positions(mask[span], counts[span])
         ends = [
             bounds(part, name, index[:, cut.start // sides : cut.stop // sides].T) for cut in cuts
         ]
-        found = [joined(list(end), 0).T for end in zip(*ends, strict=True)]
-        wanted = mask[span].gather(1, index)
-        pair = low[span], high[span]
-        if found and not meet:
-            pair = tuple(end.scatter(1, index, new) for end, new in zip(pair, found, strict=True))  # type: ignore[assignment]
-        elif found:
-            pair = _narrowed(*pair, index, wanted, *found)
-        lows.append(pair[0])
-        highs.append(pair[1])
-    shape = state.boxes[name].lower.shape
-    state.replace(name, Interval(*(joined(ends, 0).reshape(shape) for ends in (lows, highs))))
+        for whole, pieces, x in zip(found, zip(*ends, strict=True), LIMITS, strict=True):
+            new = joined(list(pieces), 0).T
+            # the elements that fill up a shorter list stay as they were, lest bounds depend on the rest of the batch
+            whole[span].scatter_(1, index, new if filled is None else new.masked_fill(filled, x))
+    shaped = Interval(*(end.reshape(known.lower.shape) for end in found))
+    state.replace(name, met(known, shaped) if meet else shaped)
 
 
-def _narrowed(
-    low: Tensor, high: Tensor, index: Tensor, wanted: Tensor, new_low: Tensor, new_high: Tensor
-) -> tuple[Tensor, Tensor]:
-    old = Interval(low.gather(1, index), high.gather(1, index))
-    new = met(old, Interval(new_low, new_high))
-    # the elements that fill up a shorter list stay as they were, lest bounds depend on the rest of the batch
-    return (
-        low.scatter(1, index, torch.where(wanted, new.lower, old.lower)),
-        high.scatter(1, index, torch.where(wanted, new.upper, old.upper)),
-    )
+LIMITS = -math.inf, math.inf  # what says nothing, below and above
+
+
+def _positions(mask: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
+    """Each example's wanted positions, (B, most); where shorter lists are filled up with others, which of them these
+    are."""
+    if len(counts) == 1:
+        return mask.nonzero()[:, 1].unsqueeze(0), None
+    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    index = order[:, : max(counts)]
+    return index, None if min(counts) == max(counts) else ~mask.gather(1, index)

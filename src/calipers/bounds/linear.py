@@ -60,14 +60,14 @@ def lower_bounds(
         chosen: lines of the rows' own.
     """
     pull = _Pull(state, name, chosen)
-    pull.rows[name] = A
+    pull.rows[name] = pull.given = A
     totals = []
     if tail:
         pull.walk(tail)
-        totals.append(pull.total())
+        totals.append(pull.total(own=not last))
     if last:
         pull.walk()
-        totals.append(pull.total())
+        totals.append(pull.total(own=True))
     return totals
 
 
@@ -121,6 +121,7 @@ class _Pull:
         self.state, self.name, self.chosen = state, name, chosen
         self.rows: dict[str, Rows] = {}
         self.bias: Tensor | None = None
+        self.given: Tensor | None = None  # rows that are somebody else's
         self.elements = self.mirrored = False
         self.settled: set[str] = set()  # affine values whose rounding is in the bias already
 
@@ -129,9 +130,9 @@ class _Pull:
         self.elements = True
         self._begin(index)
         self.walk()
-        low = self.total()
         if not self.mirrored:
-            return low, -self.total(-1.0)
+            return self.total(), -self.total(-1.0)
+        low = self.total(own=True)
         half = len(low) // 2
         return low[:half], -low[half:]
 
@@ -143,7 +144,7 @@ class _Pull:
             signed = data * sign.reshape(*sign.shape, *[1] * (data.ndim - 2))
             self.rows[name] = signed if isinstance(rows, Tensor) else rows.moved(signed)
         self.walk()
-        return self.total()
+        return self.total(own=True)
 
     def _begin(self, index: Tensor) -> None:
         """Unit rows, already taken through an affine op."""
@@ -168,9 +169,13 @@ class _Pull:
             if name in self.rows and (within is None or name in within):
                 self._step(step, self.rows.pop(name))
 
-    def total(self, sign: float = 1.0) -> Tensor:
-        """The bound over what is left, concretised."""
-        parts = [concretise(self.state, k, A if sign > 0 else -A) for k, A in self.rows.items()]
+    def total(self, sign: float = 1.0, *, own: bool = False) -> Tensor:
+        """The bound over what is left, concretised; with ``own`` the rows are not needed any more."""
+        parts = []
+        for name, A in self.rows.items():
+            kept = self.given is not None and isinstance(A, Tensor) and _shared(A, self.given)
+            rows = A if sign > 0 else -A
+            parts.append(concretise(self.state, name, rows, own=own and not kept))
         if isinstance(self.bias, Tensor):
             parts.append(self.bias)
         return sum(parts[1:], parts[0])
@@ -230,6 +235,10 @@ def _count(A: Rows) -> int:
     return (A if isinstance(A, Tensor) else A.data).shape[0]
 
 
+def _shared(A: Tensor, B: Tensor) -> bool:
+    return A.untyped_storage().data_ptr() == B.untyped_storage().data_ptr()
+
+
 def _mirrored(A: Rows) -> Rows:
     return A.mirrored() if isinstance(A, Patch) else torch.cat([A, -A])
 
@@ -257,8 +266,9 @@ def _unit_rows(state: State, kind: Kind, node: Node, index: Tensor) -> Rows | No
     return rows
 
 
-def concretise(state: State, name: str, A: Rows) -> Tensor:
-    """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere."""
+def concretise(state: State, name: str, A: Rows, *, own: bool = False) -> Tensor:
+    """min A·(v − z) over what is known of the value ``name``: the region at the input, its interval elsewhere. With
+    ``own`` A may be overwritten."""
     size: Tensor | None = (
         None  # how far the value may lie from its reference, where that is all there is
     )
@@ -274,7 +284,7 @@ def concretise(state: State, name: str, A: Rows) -> Tensor:
             A = patches.dense(A, state.shape(name))
         if size is None:
             return _over_region(state, name, A)
-        low = -dot(A, size, size=True)
+        low = -dot(A, size, size=True, own=own)
         count = math.prod(A.shape[2:])
     return low * (1 + state.gamma(count + 4)) - state.tiny if state.rigorous else low
 
@@ -614,10 +624,12 @@ def _activation_and_linear(
     key = (f"columns of {node.name}", "table")
     if key not in state.cache:
         bent = torch.nonzero(bend).flatten()
-        live = torch.nonzero((mid != 0) | (bend != 0)).flatten()
+        alive = torch.nonzero((mid != 0) | (bend != 0)).flatten()
+        live = (
+            None if 3 * len(alive) > 2 * len(mid) else alive
+        )  # picking many costs more than it saves
         weight = state.arguments(linear)[0][1]
-        picked = weight.index_select(0, live), weight.index_select(0, bent)
-        state.cache[key] = live, bent, *picked
+        state.cache[key] = live, bent, _picked(weight, live, 0), weight.index_select(0, bent)
     live, bent, weight, bent_weight = state.cache[key]
     rows, size = A[:, 0], A[:, 0].abs()
     straight, loss = rows @ offset, size @ (0.5 * gap)
@@ -625,10 +637,10 @@ def _activation_and_linear(
     change = size.index_select(1, bent) * (-0.5 * bend[bent]) if split else None
     if change is None:
         along.addcmul_(size, bend, value=-0.5)
-    along = along.index_select(1, live)
+    along = _picked(along, live, 1)
     noise = _affine_noise(state, AFFINE[F.linear], linear)
     if noise is not None:
-        loss = loss + along.abs() @ noise[0, live]
+        loss = loss + along.abs() @ _picked(noise[0], live, 0)
         if change is not None:
             loss = loss + change.abs() @ noise[0, bent]
     found = along @ weight
@@ -638,6 +650,10 @@ def _activation_and_linear(
     return {0: _both(found, bends).unsqueeze(1)}, torch.cat(
         [straight - loss, -straight - loss]
     ).unsqueeze(1)
+
+
+def _picked(values: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    return values if index is None else values.index_select(dim, index)
 
 
 def _lines(state: State, kind: Activation, name: str) -> _Relaxed:

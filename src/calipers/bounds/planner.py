@@ -6,7 +6,6 @@ are cut on their own (`State.budget`). Results do not depend on the cuts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,16 +31,14 @@ PHRASES = (
 
 def row_bytes(network: Network, dtype: torch.dtype) -> int:
     """Working memory of one backward row: its widest value, a few times over."""
-    return 6 * dtype.itemsize * max(math.prod(network.input_shape), network.graph.widest)
+    return 6 * dtype.itemsize * network.sizes[1]
 
 
 def example_bytes(network: Network, rows: int, dtype: torch.dtype) -> int:
     """Working memory of one example, roughly and from above, without gradients: what is kept of every value that
     depends on the input, what is in flight at the widest one, and ``rows`` functionals of the output."""
-    graph = network.graph
-    sizes = [math.prod(network.input_shape)]
-    sizes += [math.prod(node.shape) for node in graph.nodes if node.name in graph.active]
-    return dtype.itemsize * (PER_VALUE * sum(sizes) + PASSING * max(sizes) + 4 * rows * sizes[-1])
+    all_values, widest, last = network.sizes
+    return dtype.itemsize * (PER_VALUE * all_values + PASSING * widest + 4 * rows * last)
 
 
 def examples(network: Network, rows: int, memory: int | None, dtype: torch.dtype) -> int:

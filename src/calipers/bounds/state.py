@@ -32,6 +32,7 @@ Choose = Callable[[Activation, Interval, Sequence[Any]], tuple[Tensor, Tensor] |
 DEFAULT_MEMORY = 1 << 30  # bytes of working memory that bounds plan for
 CACHE = 8 << 20  # on a CPU, backward rows are worked on in pieces of this many bytes: it is faster
 PIECE = 1 << 19  # and passes over their elements in pieces of this many
+SMALL = 1 << 14  # so few elements are summed without a matrix product, which has calls of its own
 
 
 @dataclass(eq=False)
@@ -100,8 +101,10 @@ class State:
     @property
     def tiny(self) -> float:
         """What sums of products may lose by underflow: one product loses at most half the smallest number, which this
-        exceeds 2^24 times or more, and longer sums have no `gamma`. Zero where rounding is not accounted for."""
-        return torch.finfo(self.dtype).tiny if self.rigorous else 0.0
+        exceeds 2^64 times or more, and longer sums have no `gamma`. So much more than needed because products of
+        weights with the smallest normal number would be subnormal, which processors take a hundred times longer for.
+        Zero where rounding is not accounted for."""
+        return torch.finfo(self.dtype).tiny * 2.0**40 if self.rigorous else 0.0
 
     def kind(self, node: Node) -> Kind:
         kind = self.facts.kinds[node.name]
@@ -163,7 +166,7 @@ class State:
         Raises:
             TimeoutError: the deadline has passed.
         """
-        if time.perf_counter() > self.deadline:
+        if self.deadline < math.inf and time.perf_counter() > self.deadline:
             raise TimeoutError("the deadline passed while bounds were computed")
         spend(rows / len(self.facts.steps))
 
@@ -260,25 +263,28 @@ def met(known: Interval, new: Interval) -> Interval:
     return Interval(torch.where(good, low, known.lower), torch.where(good, high, known.upper))
 
 
-def dot(A: Tensor, v: Tensor, *, size: bool = False) -> Tensor:
-    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B)."""
+def dot(A: Tensor, v: Tensor, *, size: bool = False, own: bool = False) -> Tensor:
+    """Σ over features of A (S, B, ...), or with ``size`` of |A|, times v (B, ...): (S, B). With ``own`` nobody needs A
+    any more."""
     rows, vector = flat(A, 2), flat(v)
+    tracked = torch.is_grad_enabled() and (rows.requires_grad or vector.requires_grad)
+    own = own and not tracked
+    if rows.numel() <= SMALL:
+        return ((rows.abs() if size else rows) * vector).sum(-1)
     single = vector.shape[0] == 1
-    if single or A.device.type != "cpu":
-        rows = (rows.abs() if size else rows).transpose(0, 1)
-        product = torch.bmm(rows, vector.unsqueeze(-1))
-        return product.squeeze(0) if single else product.squeeze(-1).T
     # these passes stay in the cache; many products with one column each are slow in float32
-    step = max(1, PIECE // (vector.numel() * vector.itemsize))
-    step = len(rows) if rows.requires_grad or vector.requires_grad else step
+    whole = single or tracked or A.device.type != "cpu"
+    step = len(rows) if whole else max(1, PIECE // (vector.numel() * vector.itemsize))
     found = []
     for first in range(0, rows.shape[0], step):
         piece = rows[first : first + step]
-        piece = piece.abs() if size else piece
-        if vector.dtype == torch.float64:
-            found.append(torch.bmm(piece.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T)
+        if size:
+            piece = piece.abs_() if own else piece.abs()
+        if single or vector.dtype == torch.float64 or A.device.type != "cpu":
+            product = torch.bmm(piece.transpose(0, 1), vector.unsqueeze(-1)).squeeze(-1).T
         else:
-            found.append((piece * vector).sum(-1))
+            product = (piece * vector).sum(-1)
+        found.append(product)
     return joined(found, 0)
 
 

@@ -241,6 +241,13 @@ class Network:
         y: Tensor = self.module(x)
         return y
 
+    @cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of one example: in all values that depend on the input, in the widest of them, and in the last."""
+        active = (node for node in self.graph.nodes if node.name in self.graph.active)
+        counts = [math.prod(self.input_shape), *(math.prod(node.shape) for node in active)]
+        return sum(counts), max(counts), counts[-1]
+
     def in_double(self) -> Callable[[Tensor], Tensor]:
         """The same function in float64, from the graph; parameters are cast once, now."""
         env = bind(self.graph, self.module, dtype=torch.float64)

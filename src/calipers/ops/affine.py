@@ -63,6 +63,7 @@ def _einsum_terms(x: Tensor, y: Tensor, equation: str) -> int:
 
 
 SMALL = 1 << 19  # products; with fewer, a convolution takes less time than what goes with it
+WINDOWS = 1 << 21  # bytes of all windows of a few images
 FEW = 32  # rows; with fewer, a call for every place of a kernel does not pay
 
 
@@ -75,12 +76,31 @@ def convolve(
     plain = plain and min(w.shape[2:]) > 3
     steps = _tuple(stride, 2)
     products = x.numel() * w.numel() // max(1, w.shape[1] * math.prod(steps))
-    tracked = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
+    tracked = _tracked(x, w)
     if not plain or tracked or products > SMALL or x.ndim != 4 or x.device.type != "cpu":
-        return torch.conv2d(x, w, b, stride, padding, *rest)
+        return _in_pieces(x, w, b, stride, padding, *rest)
     kernel, sides = list(w.shape[2:]), list(_tuple(padding, 2))
     y: Tensor = torch.ops.aten.thnn_conv2d(x, w, kernel, b, list(steps), sides)
     return y
+
+
+def _tracked(*values: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(value.requires_grad for value in values)
+
+
+def _in_pieces(
+    x: Tensor, w: Tensor, b: Tensor | None = None, stride: Any = 1, *rest: Any
+) -> Tensor:
+    """`torch.conv2d`; in float64 on a CPU a few images at a time, so that their windows, all of which the library
+    writes out, stay in the cache."""
+    step = max(1, x.shape[0])
+    if x.dtype == torch.float64 and x.device.type == "cpu" and step > 1 and not _tracked(x, w):
+        windows = x[0, 0].numel() * w[0].numel() // math.prod(_tuple(stride, 2))
+        step = max(1, WINDOWS // max(1, windows * x.itemsize))
+    if step >= x.shape[0]:
+        return torch.conv2d(x, w, b, stride, *rest)
+    parts = torch.split(x, step)
+    return torch.cat([torch.conv2d(part, w, b, stride, *rest) for part in parts])
 
 
 def _conv_magnitude(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -103,16 +123,28 @@ def pull_back(
     dilation: Shape = (1, 1),
 ) -> Tensor:
     """The transpose of a 2-D convolution without groups. Towards very few channels (an image) one small product
-    per row and a scatter are several times faster on a CPU than the library's transposed convolution."""
-    if w.shape[1] > 4 or A.device.type != "cpu":
+    per row and a scatter are several times faster on a CPU than the library's transposed convolution; and so is, in
+    float64, the backward pass of the convolution, although it is the same map."""
+    kernel, image = tuple(w.shape[2:]), w.shape[1] <= 4
+    double = A.dtype == torch.float64 and not _tracked(A, w)
+    if A.device.type != "cpu" or not (image or double):
         return F.conv_transpose2d(A, w, None, stride, padding, extra, 1, dilation)
-    kernel = tuple(w.shape[2:])
     size = [
         (out - 1) * s - 2 * p + d * (k - 1) + 1 + e
         for out, k, s, p, d, e in zip(
             A.shape[2:], kernel, stride, padding, dilation, extra, strict=True
         )
     ]
+    if double:
+        inner = not image and tuple(stride) != (1, 1)
+        layout = torch.channels_last if inner else torch.contiguous_format
+        shaped = torch.empty((len(A), w.shape[1], *size), dtype=A.dtype, memory_format=layout)
+        steps = list(stride), list(padding), list(dilation), False, [0, 0], 1
+        wanted = [True, False, False]  # the gradient of its input, of which only the shape counts
+        rows = A.contiguous(memory_format=layout)
+        back: Tensor
+        back, *_ = torch.ops.aten.convolution_backward(rows, shaped, w, None, *steps, wanted)
+        return back.contiguous()
     columns = torch.matmul(w.flatten(1).T, A.flatten(2))
     if columns.requires_grad or len(A) < FEW:
         return F.fold(columns, tuple(size), kernel, dilation, padding, stride)
