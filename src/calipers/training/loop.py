@@ -29,6 +29,7 @@ from calipers.graph.graph import Network
 from calipers.graph.onnx import save_onnx
 from calipers.models import save_weights
 from calipers.training import checkpoints, health
+from calipers.training.allocation import keep_freed_memory
 from calipers.training.distributed import Group, group
 from calipers.training.examples import require_fit, split, stored
 from calipers.training.logs import Log, Status
@@ -126,6 +127,7 @@ def train(
     where = None if directory is None else Path(directory)
     device = torch.device("cuda" if run.device == "gpu" and torch.cuda.is_available() else "cpu")
     processes = group()
+    keep_freed_memory()
     with _generators(), _exact_products():
         if run.device == "gpu" and device.type == "cpu" and not anyway:
             raise TrainingError(_needs_gpu(run, data, data_dir))
