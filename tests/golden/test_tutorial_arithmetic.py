@@ -1,4 +1,6 @@
-"""Why the tutorial's plain networks broke more rarely in its notebook than they do here: its softmax, not its attack.
+"""What the tutorial's weights show of how they came to be.
+
+Why its plain networks broke more rarely in its notebook than they do here: its softmax, not its attack.
 
 It printed what log-softmax as z − (max + log Σ exp(z − max)), rounded to float32, gives: where the largest logit
 is 20, the label's probability is then 1 as soon as the others sum to less than 1e-6, and its gradient is lost; so on
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from calipers.data import load
 from calipers.models import load_model
+from calipers.zoo import tutorial_cnn
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TUTORIAL = SHARED / "tutorial"
@@ -71,3 +74,15 @@ def test_pgd_20() -> None:
     """Today's float32 gives .7203, ours, which loses no gradient, .7261."""
     printed = published("training_ch4_eps_0.1_cnn_10_epochs", "standard", "pgd20")
     assert error("ch4_model_cnn", steps=20, length=0.01) == pytest.approx(printed, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["ch4_model_cnn", "ch4_model_cnn_robust_2"])
+def test_trainings_began_at_the_weights_of_seed_0(name: str) -> None:
+    """Ours begin there, too: training moves the weights, but leaves them correlated with where they began."""
+    trained = torch.load(TUTORIAL / f"{name}.pt", map_location="cpu", weights_only=True)
+    for seed, least, most in ((0, 0.3, 1.0), (1, -0.05, 0.05), (2, -0.05, 0.05)):
+        torch.manual_seed(seed)
+        begun = tutorial_cnn((1, 2, 1, 2)).state_dict()  # whatever the strides
+        for key in ("2.weight", "4.weight", "6.weight", "9.weight"):
+            pair = torch.stack([begun[key].flatten(), trained[key].flatten()])
+            assert least < torch.corrcoef(pair)[0, 1] < most, (seed, key)
