@@ -20,6 +20,7 @@ from calipers.bounds.interval import exactness, propagate
 from calipers.bounds.linear import both_bounds, lower_bounds, side_bounds
 from calipers.bounds.patches import elements
 from calipers.bounds.planner import examples, in_parts, row_bytes
+from calipers.bounds.recorded import Core, recorded
 from calipers.bounds.state import (
     State,
     check_spec,
@@ -63,7 +64,7 @@ def interval(
     Cost: about two forward passes.
     Reference: Gowal et al. 2018 (IBP), eqs. 6-11.
     """
-    return chunked(interval_bounds, network, region, spec, dtype, rigorous, memory, statistics)
+    return chunked(_ALONE[_interval], network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def crown_ibp(
@@ -82,7 +83,7 @@ def crown_ibp(
     Cost: about three forward passes and one backward pass of M rows.
     Reference: Zhang et al. 2020 (CROWN-IBP), section 3.
     """
-    return chunked(crown_ibp_bounds, network, region, spec, dtype, rigorous, memory, statistics)
+    return chunked(_ALONE[_crown_ibp], network, region, spec, dtype, rigorous, memory, statistics)
 
 
 def crown(
@@ -183,7 +184,10 @@ def chunked(
 
 
 def interval_bounds(state: State, spec: Spec) -> Tensor:
-    C, d = check_spec(state, spec)
+    return _interval(state, *check_spec(state, spec))
+
+
+def _interval(state: State, C: Tensor, d: Tensor) -> Tensor:
     graph, known = state.network.graph, state.facts
     tail = known.tail
     propagate(state, until=graph.output, keep=known.kept)
@@ -214,12 +218,23 @@ def at_reference(state: State, C: Tensor, d: Tensor) -> Tensor:
 
 
 def crown_ibp_bounds(state: State, spec: Spec) -> Tensor:
-    C, d = check_spec(state, spec)
+    return _crown_ibp(state, *check_spec(state, spec))
+
+
+def _crown_ibp(state: State, C: Tensor, d: Tensor) -> Tensor:
     propagate(state, until=state.network.graph.output)
     tail = state.facts.tail
     if not tail:
         return torch.fmax(functionals(state, C, d), _from_box(state, C, d))
     return functionals(state, C, d, tail)
+
+
+def _checked(core: Core) -> Run:
+    return lambda state, spec: core(state, *check_spec(state, spec))
+
+
+# for a state that nobody looks at afterwards
+_ALONE: dict[Core, Run] = {core: _checked(recorded(core)) for core in (_interval, _crown_ibp)}
 
 
 def _crown(state: State, spec: Spec) -> Tensor:

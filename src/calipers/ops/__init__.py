@@ -77,9 +77,9 @@ class Step:
     places: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Facts:
-    """What the table says about one graph.
+    """What the table says about one graph, for as long as no op is registered.
 
     Args:
         steps: every active node in order.
