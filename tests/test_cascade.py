@@ -96,7 +96,7 @@ def test_passes_are_those_of_the_model(p: float) -> None:
 def test_passes_of_every_kind_of_search_are_counted(
     p: float, precision: torch.dtype | None
 ) -> None:
-    table = (Stage(4), Stage(30, "cross", targets=2), Stage(40, "square"))
+    table = (Stage(4), Stage(30, "home", targets=2), Stage(40, "square"))
     model = Counting(problem()[0])
     found = run(p, model=model, level=table, precision=precision)
     queries = len(

@@ -3,8 +3,9 @@
 A level is a table of stages. Each stage runs several searches per surviving example side by side: all clauses at once,
 or one search for each of the most promising ones (for labels: the rivals nearest to winning), from the example, from
 the best point so far, from random points or random corners. On networks that hide their gradients many short searches
-from far apart find more than few long ones; in l2 and l1 searches that cross the boundary outside the ball and come
-back find what ascent inside it does not. Work is counted in passes of the network: a gradient is two, a query one.
+from far apart find more than few long ones; in l2 and l1 Frank-Wolfe steps in a ball that may grow beyond the boundary
+find in tens of steps what ascent inside it does not. Work is counted in passes of the network: a gradient is two, a
+query one.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.apgd import ascend, start
-from calipers.attacks.crossing import cross
+from calipers.attacks.homing import home
 from calipers.attacks.inputs import outputs_of, require_pairs
-from calipers.attacks.losses import suited
+from calipers.attacks.losses import Loss, suited
 from calipers.attacks.search import Model, Record, required
 from calipers.attacks.square import square
 from calipers.errors import unknown_name
@@ -38,13 +39,13 @@ class Stage:
 
     Args:
         steps: of each search; queries for "square".
-        search: "ascend" (APGD), "cross" (over the boundary and back: `calipers.attacks.crossing`) or "square" (one
-            search for each example by `calipers.square`, without gradients).
+        search: "ascend" (APGD), "home" (Frank-Wolfe steps over the boundary and back: `calipers.attacks.homing`) or
+            "square" (one search for each example by `calipers.square`, without gradients).
         targets: how many clauses get a search of their own, the most promising first; 0: one for all clauses.
         starts: searches per target, or for all clauses.
         start: where the first of them begins: "center", "best" (the best point so far), "random" or "corner"; the
             others begin at random points, or corners.
-        step: the first step in units of eps.
+        step: the first step: of "ascend" in units of eps, of "home" the share of the way.
         close: only for examples whose margin has come down to this share of the clean one: what is going to break
             after many more searches is nearly always among the few that already came close.
         loss: by name.
@@ -68,16 +69,14 @@ _LINF = (
     Stage(100, starts=32, start="corner", step=0.5, close=0.15),
 )
 _L2 = (
-    Stage(10),
-    Stage(60, "cross", targets=1),
-    Stage(100, "cross", targets=9),
+    Stage(10, "home", step=1.0, loss="cross_entropy"),
+    Stage(30, "home"),
+    Stage(25, "home", targets=9),
 )
 _L1 = (
-    Stage(20),
-    Stage(80, "cross", targets=1),
-    Stage(50, targets=4),
-    Stage(100, "cross", targets=9),
-    Stage(100, targets=4, close=0.25),
+    Stage(20, "home", step=1.0, loss="cross_entropy"),
+    Stage(40, "home"),
+    Stage(30, "home", targets=4),
 )
 
 LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {
@@ -94,14 +93,14 @@ LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {
         2.0: (
             *_L2,
             Stage(100, targets=9),
-            Stage(300, "cross", targets=9),
+            Stage(100, "home", targets=9, starts=3),
             Stage(50, starts=30, start="random"),
             Stage(5000, "square"),
         ),
         1.0: (
             *_L1,
             Stage(100, targets=9),
-            Stage(300, "cross", targets=9),
+            Stage(100, "home", targets=9, starts=3),
             Stage(100, targets=3, starts=5, start="random"),
             Stage(5000, "square"),
         ),
@@ -340,15 +339,33 @@ def _searches(
     if fast is not model:
         record.judge = lambda index, points: spec[index].margin_at(model(points))
     loss = suited(stage.loss, spec, targeted=target is not None)
-    if stage.search == "cross":
-        cross(fast, near, own, x, target, owner, loss, record, steps=stage.steps)
-    else:
-        rows = start(near, own, x, target, owner, step=stage.step)
-        ascend(fast, rows, loss, record, steps=stage.steps)
+    run = SEARCHES[stage.search]
+    run(fast, near, own, x, target, owner, loss, record, steps=stage.steps, step=stage.step)
     if fast is not model:
         record.query(everyone)
         with torch.no_grad():
             record.margin = spec.margin_at(model(record.points))
+
+
+def _ascend(
+    model: Model,
+    region: Region,
+    spec: Spec,
+    x: Tensor,
+    target: Tensor | None,
+    owner: Tensor | None,
+    objective: Loss,
+    record: Record,
+    *,
+    steps: int,
+    step: float | None,
+) -> None:
+    """APGD, as `SEARCHES` call it."""
+    rows = start(region, spec, x, target, owner, step=step)
+    ascend(model, rows, objective, record, steps=steps)
+
+
+SEARCHES: Mapping[str, Callable[..., None]] = {"ascend": _ascend, "home": home}  # with gradients
 
 
 @torch.no_grad()

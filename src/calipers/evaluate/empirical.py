@@ -345,7 +345,7 @@ def _plan(
     return steps, f"calipers.attacks.cascade.search(level={shown}{limit})"
 
 
-KINDS = {"ascend": "steps", "cross": "steps across", "square": "queries of Square"}
+KINDS = {"ascend": "steps", "home": "steps homing in", "square": "queries of Square"}
 
 
 def title(stage: Stage) -> str:
