@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.losses import Loss, suited
-from calipers.attacks.search import Model, Record, Rows, Trail, look, required, slope
+from calipers.attacks.search import Model, Record, Rows, Trail, look, repeated, required, slope
 from calipers.errors import unknown_name
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -88,6 +88,7 @@ def pgd(
     best = Record.at(center)
     plain = direction == "gradient"
     length = step_size if plain else step_length(region, step_size, dtype)
+    model = repeated(model)
     for restart in range(restarts):
         x = region.sample(seeds + restart, dtype) if random_start or restart else center
         rows = _Rows(None, region, spec, x, length)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from calipers.attacks.inputs import input_gradient, traced
-from calipers.attacks.losses import Loss, read
+from calipers.attacks.inputs import input_gradient, outputs_of, traced
+from calipers.attacks.losses import Loss, Reading, read
 from calipers.spec import Spec
 
 Model = Callable[[Tensor], Tensor]
@@ -40,6 +40,39 @@ def required(seeds: Tensor | None, count: int, *, random: bool) -> Tensor:
     return seeds
 
 
+class Passes(Protocol):
+    """Passes for one shape of inputs: the outputs, and then the derivative of ⟨toward, outputs⟩ in the inputs, in
+    memory that the next backward pass writes to."""
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    def backward(self, toward: Tensor) -> Tensor: ...
+
+
+class Repeated:
+    """A model during one run, which allocates its memory once if the model has ``input_passes(x)``: that gives `Passes`
+    for inputs like ``x``, which then serve all looks, or None. Calls go to the model itself."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.offer = model, getattr(model, "input_passes", None)
+        self.shape: torch.Size | None = None
+        self.known: Passes | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def at(self, x: Tensor) -> Passes | None:
+        """The passes for inputs like ``x``, if there are any."""
+        if self.offer is not None and x.shape != self.shape:
+            self.shape, self.known = x.shape, self.offer(x)
+        return self.known
+
+
+def repeated(model: Model) -> Repeated:
+    """The model for one run; one that is already in a run stays as it is."""
+    return model if isinstance(model, Repeated) else Repeated(model)
+
+
 class Look(NamedTuple):
     """The input gradient of each row's own loss (R, *x), its margin and that loss (R,)."""
 
@@ -54,20 +87,36 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     The loss is differentiated on the logits alone, so that the network's backward pass is the whole cost; gradients
     of parameters are neither computed nor touched.
     """
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        logits = traced(model, point, spec)
-    said = read(loss, logits.detach(), spec, target)
-    return Look(input_gradient(logits, point, said.toward), said.margin(), said.loss)
+    passes = _passes(model, x)
+    gradient, _, said = _differentiated(model, passes, loss, spec, x, target)
+    return Look(gradient if passes is None else gradient.clone(), said.margin(), said.loss)
 
 
 def slope(model: Model, loss: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of a `look` and the outputs (R, K), which a `Trail` reads later, several at a time."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        logits = traced(model, point, spec)
-    outputs = logits.detach()
-    return input_gradient(logits, point, read(loss, outputs, spec).toward), outputs
+    """The gradient of a `look`, which the next one may overwrite, and the outputs (R, K), which a `Trail` reads later,
+    several at a time."""
+    gradient, outputs, _ = _differentiated(model, _passes(model, x), loss, spec, x, None)
+    return gradient, outputs
+
+
+def _passes(model: Model, x: Tensor) -> Passes | None:
+    return model.at(x) if isinstance(model, Repeated) else None
+
+
+def _differentiated(
+    model: Model, passes: Passes | None, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor, Reading]:
+    """The input gradient, the outputs and what they say."""
+    if passes is None:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            logits = traced(model, point, spec)
+        outputs = logits.detach()
+        said = read(loss, outputs, spec, target)
+        return input_gradient(logits, point, said.toward), outputs, said
+    outputs = outputs_of(passes.forward(x), spec, len(x))
+    said = read(loss, outputs, spec, target)
+    return passes.backward(said.toward), outputs, said
 
 
 def calibrated(
