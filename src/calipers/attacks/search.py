@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.inputs import input_gradient, outputs_of, traced
-from calipers.attacks.losses import Loss, Reading, read
+from calipers.attacks.losses import Loss, read
 from calipers.spec import Spec
 
 Model = Callable[[Tensor], Tensor]
@@ -41,8 +41,8 @@ def required(seeds: Tensor | None, count: int, *, random: bool) -> Tensor:
 
 
 class Passes(Protocol):
-    """Passes for one shape of inputs: the outputs, and then the derivative of ⟨toward, outputs⟩ in the inputs, in
-    memory that the next backward pass writes to."""
+    """Passes for one shape of inputs: the outputs, and then the derivative of ⟨toward, outputs⟩ in the inputs; both in
+    memory that the next passes write to."""
 
     def forward(self, x: Tensor) -> Tensor: ...
 
@@ -87,36 +87,29 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     The loss is differentiated on the logits alone, so that the network's backward pass is the whole cost; gradients
     of parameters are neither computed nor touched.
     """
-    passes = _passes(model, x)
-    gradient, _, said = _differentiated(model, passes, loss, spec, x, target)
-    return Look(gradient if passes is None else gradient.clone(), said.margin(), said.loss)
+    passes = model.at(x) if isinstance(model, Repeated) else None
+    if passes is None:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            logits = traced(model, point, spec)
+        said = read(loss, logits.detach(), spec, target)
+        return Look(input_gradient(logits, point, said.toward), said.margin(), said.loss)
+    said = read(loss, outputs_of(passes.forward(x), spec, len(x)).clone(), spec, target)
+    return Look(passes.backward(said.toward).clone(), said.margin(), said.loss)
 
 
 def slope(model: Model, loss: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of a `look`, which the next one may overwrite, and the outputs (R, K), which a `Trail` reads later,
-    several at a time."""
-    gradient, outputs, _ = _differentiated(model, _passes(model, x), loss, spec, x, None)
-    return gradient, outputs
-
-
-def _passes(model: Model, x: Tensor) -> Passes | None:
-    return model.at(x) if isinstance(model, Repeated) else None
-
-
-def _differentiated(
-    model: Model, passes: Passes | None, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None
-) -> tuple[Tensor, Tensor, Reading]:
-    """The input gradient, the outputs and what they say."""
+    """The gradient of a `look` and the outputs (R, K), which a `Trail` reads later, several at a time; the next one may
+    overwrite both."""
+    passes = model.at(x) if isinstance(model, Repeated) else None
     if passes is None:
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             logits = traced(model, point, spec)
         outputs = logits.detach()
-        said = read(loss, outputs, spec, target)
-        return input_gradient(logits, point, said.toward), outputs, said
+        return input_gradient(logits, point, read(loss, outputs, spec).toward), outputs
     outputs = outputs_of(passes.forward(x), spec, len(x))
-    said = read(loss, outputs, spec, target)
-    return passes.backward(said.toward), outputs, said
+    return passes.backward(read(loss, outputs, spec).toward), outputs
 
 
 def calibrated(
@@ -207,11 +200,13 @@ class Record:
         if not len(rows):
             return
         count = len(lowest)
-        found = points.flatten(0, 1).index_select(0, at[rows] * count + rows)
+        flat, chosen = points.flatten(0, 1), at[rows] * count + rows
         if len(rows) == count:
-            self.points, self.margin, self.shared = found, lowest, False
+            room = None if self.shared else self.points
+            self.points = torch.index_select(flat, 0, chosen, out=room)
+            self.margin, self.shared = lowest, False
             return
-        self._put(rows, found, lowest.index_select(0, rows))
+        self._put(rows, flat.index_select(0, chosen), lowest.index_select(0, rows))
 
     def _put(self, examples: Tensor, points: Tensor, margin: Tensor) -> None:
         if self.shared:
@@ -257,9 +252,10 @@ class Trail:
     def __init__(self, record: Record, spec: Spec, start: Tensor) -> None:
         size = max(start.numel() * start.element_size(), 1)
         self.points = start.new_empty((max(2, min(TRAIL, TRAIL_BYTES // size)), *start.shape))
+        self.places = self.points.unbind(0)
         self.record, self.spec, self.filled = record, spec, 0
         self.outputs: Tensor | None = None
-        self.here = self.points[0].copy_(start)
+        self.here = self.places[0].copy_(start)
 
     def note(self, outputs: Tensor) -> Tensor:
         """Take the outputs at the point `here`; returns the place of the next point, which is `here` from now on."""
@@ -269,7 +265,7 @@ class Trail:
         self.filled += 1
         if self.filled == len(self.points):
             self.settle()
-        self.here = self.points[self.filled]
+        self.here = self.places[self.filled]
         return self.here
 
     def settle(self) -> None:

@@ -229,11 +229,11 @@ class Passes:
         self.values: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs (B, K), in memory of their own."""
+        """The outputs (B, K): good until the next call."""
         values = self.values = {self.source: x}
         for name, reads, step in self.steps:
             values[name] = step.forward(*[values[read] for read in reads])
-        return values[self.output].clone()
+        return values[self.output]
 
     def backward(self, toward: Tensor) -> Tensor:
         """The derivative of ⟨toward, outputs⟩ in the inputs of the last `forward`: good until the next one."""
