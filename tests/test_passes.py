@@ -91,11 +91,13 @@ def check_like_autograd(network: Network, dtype: torch.dtype) -> None:
             toward = torch.randn_like(network(x)).detach()
             given = toward.clone()
             y, gradient = by_autograd(network, x, toward)
-            assert torch.equal(passes.forward(x), y)
-            found = passes.backward(toward)
-            size = float(gradient.abs().max())
-            assert float((found - gradient).abs().max()) <= 16 * torch.finfo(dtype).eps * size
-            assert torch.equal(toward, given)
+            most = 16 * torch.finfo(dtype).eps * float(gradient.abs().max())
+            for room in (None, torch.full_like(x, torch.nan)):
+                assert torch.equal(passes.forward(x), y)
+                found = passes.backward(toward, room)
+                assert found.shape == x.shape
+                assert float((found - gradient).abs().max()) <= most
+                assert torch.equal(toward, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -193,6 +195,18 @@ def problem(network: Network, count: int = 9) -> tuple[Tensor, cp.Spec]:
     with torch.no_grad():
         y = network(x)
     return x, cp.Spec.label(y.argmax(1), y.shape[1])
+
+
+def test_a_small_network_writes_its_gradient_where_it_is_told() -> None:
+    b = Builder((2, 3, 4), 0)
+    b.linear(b.relu(b.linear(b.x, 5)), 3)
+    x = torch.rand(6, 2, 3, 4)
+    for network, there in ((b.network(), True), (shared_adds(), False)):
+        shaped = x.flatten(1)[:, :6].clone() if network.input_shape == (6,) else x
+        passes, place = network.input_passes(shaped), torch.empty_like(shaped)
+        assert passes is not None
+        gradient = passes.backward(torch.ones_like(passes.forward(shaped)), place)
+        assert (gradient.data_ptr() == place.data_ptr()) is there
 
 
 def test_looks_share_nothing_with_one_another() -> None:

@@ -141,9 +141,9 @@ def _whole(
     region, trail = rows.region, Trail(best, rows.spec, rows.x)
     for _ in range(steps):
         x = trail.here
-        gradient, outputs = slope(model, objective, rows.spec, x)
+        gradient = slope(model, objective, trail)
         direction = gradient if plain else _unblocked(region, x, gradient)
-        region.ascend(x, direction, rows.length, plain=plain, out=trail.note(outputs))
+        region.ascend(x, direction, rows.length, plain=plain, out=trail.here)
     with torch.no_grad():
         trail.note(model(trail.here))
     trail.settle()

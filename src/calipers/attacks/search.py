@@ -42,11 +42,11 @@ def required(seeds: Tensor | None, count: int, *, random: bool) -> Tensor:
 
 class Passes(Protocol):
     """Passes for one shape of inputs: the outputs, and then the derivative of ⟨toward, outputs⟩ in the inputs; both in
-    memory that the next passes write to."""
+    memory that the next passes write to, the latter perhaps in ``room`` (as the inputs)."""
 
     def forward(self, x: Tensor) -> Tensor: ...
 
-    def backward(self, toward: Tensor) -> Tensor: ...
+    def backward(self, toward: Tensor, room: Tensor | None = None) -> Tensor: ...
 
 
 class Repeated:
@@ -98,18 +98,20 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     return Look(passes.backward(said.toward).clone(), said.margin(), said.loss)
 
 
-def slope(model: Model, loss: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of a `look` and the outputs (R, K), which a `Trail` reads later, several at a time; the next one may
-    overwrite both."""
+def slope(model: Model, loss: Loss, trail: Trail) -> Tensor:
+    """The gradient of a `look` at ``trail.here``, whose outputs the trail notes. It may lie in the memory of the next
+    point, which is ``trail.here`` then: at most one of them is needed at a time."""
+    x, spec = trail.here, trail.spec
     passes = model.at(x) if isinstance(model, Repeated) else None
     if passes is None:
         with torch.enable_grad():
             point = x.detach().requires_grad_()
             logits = traced(model, point, spec)
         outputs = logits.detach()
-        return input_gradient(logits, point, read(loss, outputs, spec).toward), outputs
+        trail.note(outputs)
+        return input_gradient(logits, point, read(loss, outputs, spec).toward)
     outputs = outputs_of(passes.forward(x), spec, len(x))
-    return passes.backward(read(loss, outputs, spec).toward), outputs
+    return passes.backward(read(loss, outputs, spec).toward, trail.note(outputs))
 
 
 def calibrated(

@@ -26,10 +26,12 @@ class Pass(NamedTuple):
     Args:
         forward: the values of its active operands -> its own.
         backward: (gradient, value, *operands' values) -> the gradient of each operand.
+        into: (gradient, room) -> the gradient of its only operand, in given memory; None: it has no use for that.
     """
 
     forward: Callable[..., Tensor]
     backward: Callable[..., Sequence[Tensor]]
+    into: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 class Site(NamedTuple):
@@ -54,15 +56,16 @@ def _linear(site: Site, x: Any, w: Any, b: Tensor | None = None) -> Pass | None:
     if type(x) is not Ref or type(w) is Ref or len(site.node.shape) != 1:
         return None
     value, back, columns = site.memory(site.node.shape), site.memory(w.shape[1:]), w.T
-    if b is None:
-        return Pass(
-            lambda x: torch.mm(x, columns, out=value),
-            lambda g, *_: (torch.mm(g, w, out=back),),
-        )
-    return Pass(
-        lambda x: torch.addmm(b, x, columns, out=value),
-        lambda g, *_: (torch.mm(g, w, out=back),),
-    )
+
+    def forward(x: Tensor) -> Tensor:
+        if b is None:
+            return torch.mm(x, columns, out=value)
+        return torch.addmm(b, x, columns, out=value)
+
+    def into(g: Tensor, room: Tensor) -> Tensor:
+        return torch.mm(g, w, out=room)
+
+    return Pass(forward, lambda g, *_: (torch.mm(g, w, out=back),), into)
 
 
 def _relu(site: Site, _x: Any) -> Pass:
@@ -227,6 +230,7 @@ class Passes:
         self.source, self.output = graph.inputs[0], graph.output
         self.steps = steps
         self.values: dict[str, Tensor] = {}
+        self.first = _first(graph)
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, K): good until the next call."""
@@ -235,17 +239,34 @@ class Passes:
             values[name] = step.forward(*[values[read] for read in reads])
         return values[self.output]
 
-    def backward(self, toward: Tensor) -> Tensor:
-        """The derivative of ⟨toward, outputs⟩ in the inputs of the last `forward`: good until the next one."""
+    def backward(self, toward: Tensor, room: Tensor | None = None) -> Tensor:
+        """The derivative of ⟨toward, outputs⟩ in the inputs of the last `forward`: good until the next one.
+
+        Args:
+            room: as the inputs, contiguous; the result may be written there.
+        """
         values, self.values = self.values, {}
         gradients = {self.output: toward}
         for name, reads, step in reversed(self.steps):
             own, value = gradients.pop(name), values.pop(name)
+            if room is not None and name == self.first and step.into is not None:
+                gradients[reads[0]] = step.into(own, room.view(values[reads[0]].shape))
+                continue
             parts = step.backward(own, value, *[values[read] for read in reads])
             for read, part in zip(reads, parts, strict=True):
                 known = gradients.get(read)
                 gradients[read] = part if known is None else known + part
         return gradients[self.source]
+
+
+def _first(graph: Graph) -> str | None:
+    """The only node to read the input, or nothing but a view of it."""
+    name = graph.inputs[0]
+    while len(readers := [node for node in graph.nodes if name in node.operands]) == 1:
+        name = readers[0].name
+        if readers[0].op not in (prim.reshape, prim.identity):
+            return name
+    return None
 
 
 def passes(network: Network, x: Tensor) -> Passes | None:
