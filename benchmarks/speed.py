@@ -149,11 +149,11 @@ def walk_and_interval(runs: int) -> None:
 def attack(runs: int, steps: int = 40) -> None:
     peer = importlib.util.find_spec("torchattacks") is not None
     print(
-        f"\n| network | batch | bare {steps} passes ms | PGD-{steps} / bare | no record / bare | torchattacks / bare |"
+        f"\n| network | batch | bare {steps} passes ms | PGD-{steps} / bare | module | no record | torchattacks |"
     )
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in MODELS:
-        module, _, shape = made(name)
+        module, network, shape = made(name)
         for batch in (128, 1000):
             x = torch.rand(batch, *shape)
             with torch.no_grad():
@@ -161,13 +161,14 @@ def attack(runs: int, steps: int = 40) -> None:
             region, spec = cp.ThreatModel(math.inf, 0.01).around(x), cp.Spec.label(y, 10)
             count = runs if batch < 1000 else max(3, runs // 5)
             rivals: list[Timed] = [
+                lambda: cp.pgd(network, region, spec, steps=steps),
                 lambda: cp.pgd(module, region, spec, steps=steps),
                 lambda: simplest(module, region, x, y, steps),
             ]
             if peer:
                 rivals.append(lambda: torchattacks_pgd(module, x, y, steps))
             rows = [pairs(f, lambda: bare_passes(module, x, y, steps), count) for f in rivals]
-            shown = [f"{ratio:.2f}" for _, _, ratio in rows] + ["-"] * (3 - len(rows))
+            shown = [f"{ratio:.2f}" for _, _, ratio in rows] + ["-"] * (4 - len(rows))
             print(f"| {name} | {batch} | {rows[0][1]:.0f} | {' | '.join(shown)} |", flush=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.losses import Loss, suited
-from calipers.attacks.search import Model, Record, Rows, look, required
+from calipers.attacks.search import Model, Record, Rows, look, repeated, required
 from calipers.sets import Region
 from calipers.spec import Spec
 
@@ -162,6 +162,7 @@ def climb(
     model: Model, rows: Climb, objective: Loss, record: Record, *, steps: int, drop: bool
 ) -> None:
     """Run all rows for ``steps`` steps or until their examples are broken."""
+    model = repeated(model)
     sparse = rows.region.p == 1
     marks = {b: b - a for a, b in pairwise(checkpoints(steps, sparse=sparse))}
     for i in range(steps):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from calipers.attacks.losses import Loss, suited
-from calipers.attacks.search import Model, Record, Rows, Trail, look, required, slope
+from calipers.attacks.search import Model, Record, Rows, Trail, look, repeated, required, slope
 from calipers.errors import unknown_name
 from calipers.sets import Region
 from calipers.spec import Spec
@@ -88,6 +88,7 @@ def pgd(
     best = Record.at(center)
     plain = direction == "gradient"
     length = step_size if plain else step_length(region, step_size, dtype)
+    model = repeated(model)
     for restart in range(restarts):
         x = region.sample(seeds + restart, dtype) if random_start or restart else center
         rows = _Rows(None, region, spec, x, length)
@@ -140,9 +141,9 @@ def _whole(
     region, trail = rows.region, Trail(best, rows.spec, rows.x)
     for _ in range(steps):
         x = trail.here
-        gradient, outputs = slope(model, objective, rows.spec, x)
+        gradient = slope(model, objective, trail)
         direction = gradient if plain else _unblocked(region, x, gradient)
-        region.ascend(x, direction, rows.length, plain=plain, out=trail.note(outputs))
+        region.ascend(x, direction, rows.length, plain=plain, out=trail.here)
     with torch.no_grad():
         trail.note(model(trail.here))
     trail.settle()

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from calipers.attacks.inputs import input_gradient, traced
+from calipers.attacks.inputs import input_gradient, outputs_of, traced
 from calipers.attacks.losses import Loss, read
 from calipers.spec import Spec
 
@@ -40,6 +40,39 @@ def required(seeds: Tensor | None, count: int, *, random: bool) -> Tensor:
     return seeds
 
 
+class Passes(Protocol):
+    """Passes for one shape of inputs: the outputs, and then the derivative of ⟨toward, outputs⟩ in the inputs; both in
+    memory that the next passes write to, the latter perhaps in ``room`` (as the inputs)."""
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    def backward(self, toward: Tensor, room: Tensor | None = None) -> Tensor: ...
+
+
+class Repeated:
+    """A model during one run, which allocates its memory once if the model has ``input_passes(x)``: that gives `Passes`
+    for inputs like ``x``, which then serve all looks, or None. Calls go to the model itself."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.offer = model, getattr(model, "input_passes", None)
+        self.shape: torch.Size | None = None
+        self.known: Passes | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def at(self, x: Tensor) -> Passes | None:
+        """The passes for inputs like ``x``, if there are any."""
+        if self.offer is not None and x.shape != self.shape:
+            self.shape, self.known = x.shape, self.offer(x)
+        return self.known
+
+
+def repeated(model: Model) -> Repeated:
+    """The model for one run; one that is already in a run stays as it is."""
+    return model if isinstance(model, Repeated) else Repeated(model)
+
+
 class Look(NamedTuple):
     """The input gradient of each row's own loss (R, *x), its margin and that loss (R,)."""
 
@@ -54,20 +87,31 @@ def look(model: Model, loss: Loss, spec: Spec, x: Tensor, target: Tensor | None 
     The loss is differentiated on the logits alone, so that the network's backward pass is the whole cost; gradients
     of parameters are neither computed nor touched.
     """
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        logits = traced(model, point, spec)
-    said = read(loss, logits.detach(), spec, target)
-    return Look(input_gradient(logits, point, said.toward), said.margin(), said.loss)
+    passes = model.at(x) if isinstance(model, Repeated) else None
+    if passes is None:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            logits = traced(model, point, spec)
+        said = read(loss, logits.detach(), spec, target)
+        return Look(input_gradient(logits, point, said.toward), said.margin(), said.loss)
+    said = read(loss, outputs_of(passes.forward(x), spec, len(x)).clone(), spec, target)
+    return Look(passes.backward(said.toward).clone(), said.margin(), said.loss)
 
 
-def slope(model: Model, loss: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of a `look` and the outputs (R, K), which a `Trail` reads later, several at a time."""
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        logits = traced(model, point, spec)
-    outputs = logits.detach()
-    return input_gradient(logits, point, read(loss, outputs, spec).toward), outputs
+def slope(model: Model, loss: Loss, trail: Trail) -> Tensor:
+    """The gradient of a `look` at ``trail.here``, whose outputs the trail notes. It may lie in the memory of the next
+    point, which is ``trail.here`` then: at most one of them is needed at a time."""
+    x, spec = trail.here, trail.spec
+    passes = model.at(x) if isinstance(model, Repeated) else None
+    if passes is None:
+        with torch.enable_grad():
+            point = x.detach().requires_grad_()
+            logits = traced(model, point, spec)
+        outputs = logits.detach()
+        trail.note(outputs)
+        return input_gradient(logits, point, read(loss, outputs, spec).toward)
+    outputs = outputs_of(passes.forward(x), spec, len(x))
+    return passes.backward(read(loss, outputs, spec).toward, trail.note(outputs))
 
 
 def calibrated(
@@ -158,11 +202,13 @@ class Record:
         if not len(rows):
             return
         count = len(lowest)
-        found = points.flatten(0, 1).index_select(0, at[rows] * count + rows)
+        flat, chosen = points.flatten(0, 1), at[rows] * count + rows
         if len(rows) == count:
-            self.points, self.margin, self.shared = found, lowest, False
+            room = None if self.shared else self.points
+            self.points = torch.index_select(flat, 0, chosen, out=room)
+            self.margin, self.shared = lowest, False
             return
-        self._put(rows, found, lowest.index_select(0, rows))
+        self._put(rows, flat.index_select(0, chosen), lowest.index_select(0, rows))
 
     def _put(self, examples: Tensor, points: Tensor, margin: Tensor) -> None:
         if self.shared:
@@ -208,9 +254,10 @@ class Trail:
     def __init__(self, record: Record, spec: Spec, start: Tensor) -> None:
         size = max(start.numel() * start.element_size(), 1)
         self.points = start.new_empty((max(2, min(TRAIL, TRAIL_BYTES // size)), *start.shape))
+        self.places = self.points.unbind(0)
         self.record, self.spec, self.filled = record, spec, 0
         self.outputs: Tensor | None = None
-        self.here = self.points[0].copy_(start)
+        self.here = self.places[0].copy_(start)
 
     def note(self, outputs: Tensor) -> Tensor:
         """Take the outputs at the point `here`; returns the place of the next point, which is `here` from now on."""
@@ -220,7 +267,7 @@ class Trail:
         self.filled += 1
         if self.filled == len(self.points):
             self.settle()
-        self.here = self.points[self.filled]
+        self.here = self.places[self.filled]
         return self.here
 
     def settle(self) -> None:

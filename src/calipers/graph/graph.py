@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from calipers.errors import CaptureError
+
+if TYPE_CHECKING:
+    from calipers.graph.passes import Passes
 
 T = TypeVar("T")
 TRAINING = ":training"
@@ -252,6 +255,12 @@ class Network:
         """The same function in float64, from the graph; parameters are cast once, now."""
         env = bind(self.graph, self.module, dtype=torch.float64)
         return lambda x: evaluate(self.graph, env, x.double())
+
+    def input_passes(self, x: Tensor) -> Passes | None:
+        """Forward and backward passes without autograd for inputs like ``x`` (B, *x), or None: see `graph.passes`."""
+        from calipers.graph.passes import passes
+
+        return passes(self, x)
 
     @property
     def num_classes(self) -> int:
