@@ -72,10 +72,7 @@ def test_programs_give_the_same_bits(architecture: str, name: str, mode: str) ->
     ("architecture", "name"),
     [
         *((architecture, name) for architecture in ("mlp", "conv", "leaky") for name in BOUNDS),
-        *(
-            (name, "interval")
-            for name in ("bottleneck", "max_pool", "sigmoid", "mixed")
-        ),
+        *((name, "interval") for name in ("bottleneck", "max_pool", "sigmoid", "mixed")),
     ],
 )
 def test_common_networks_are_recorded(architecture: str, name: str, mode: str) -> None:
