@@ -77,6 +77,8 @@ _L1 = (
     Stage(20, "home", step=1.0, loss="cross_entropy"),
     Stage(40, "home"),
     Stage(30, "home", targets=4),
+    Stage(100, targets=2, close=0.15),
+    Stage(50, "home", targets=3, starts=3, start="corner", step=1.0, close=0.15),
 )
 
 LEVELS: dict[str, dict[float, tuple[Stage, ...]]] = {
