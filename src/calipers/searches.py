@@ -130,32 +130,3 @@ def dual_l1(a: Tensor, below: Tensor, above: Tensor, eps: Tensor) -> Tensor:
     level = torch.where(spent, 0.0, size.gather(-1, entry))
     gain = torch.relu(a - level) * above + torch.relu(-a - level) * below
     return level.squeeze(-1) * eps + gain.sum(-1)
-
-
-def shortest(weight: Tensor, cap: Tensor, gain: Tensor, p: float) -> Tensor:
-    """The lengths of least l_p norm with Σ weight·length = gain and 0 ≤ length ≤ cap; where that is too little, cap.
-
-    For linf length = min(r, cap), for l2 min(r·weight, cap), with r from Newton's method (the gain is concave in r, so
-    it rises to the root and stays below); for l1 the largest weights are filled first.
-    """
-    if p == 1:
-        order = weight.argsort(dim=-1, descending=True, stable=True)
-        sizes, room = weight.gather(-1, order), cap.gather(-1, order)
-        before = (sizes * room).cumsum(-1) - sizes * room
-        need = (gain.unsqueeze(-1) - before).clamp_min(0.0) / sizes.clamp_min(1e-30)
-        length = torch.zeros_like(cap).scatter(-1, order, torch.minimum(need, room))
-        return torch.where(weight > 0, length, 0.0)
-    unit = torch.ones_like(weight) if p == math.inf else weight
-    rate, done = weight * unit, torch.zeros_like(gain)
-    r = gain / rate.sum(-1).clamp_min(1e-30)
-    for _ in range(12):  # a few rounds fix all caps that bind
-        capped = r.unsqueeze(-1) * unit >= cap
-        done = torch.where(capped, weight * cap, 0.0).sum(-1)
-        free = torch.where(capped, 0.0, rate).sum(-1)
-        better = torch.where(free > 0, (gain - done) / free.clamp_min(1e-30), r)
-        if bool((better <= r * (1 + 1e-6)).all()):
-            break
-        r = torch.maximum(r, better)
-    short = torch.where(weight > 0, weight * cap, 0.0).sum(-1) <= gain
-    length = torch.minimum(r.unsqueeze(-1) * unit, cap)
-    return torch.where(weight > 0, torch.where(short.unsqueeze(-1), cap, length), 0.0)
