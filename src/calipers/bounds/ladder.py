@@ -243,8 +243,11 @@ def _crown(state: State, spec: Spec) -> Tensor:
     return functionals(state, C, d)
 
 
+_FIRST = _checked(recorded(_crown_ibp, fills=True))
+
+
 def crown_over_ibp(state: State, spec: Spec) -> Tensor:
-    weak = crown_ibp_bounds(state, spec)
+    weak = _FIRST(state, spec)
     return torch.fmax(_crown(state, spec), weak)
 
 

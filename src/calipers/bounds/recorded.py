@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calipers.bounds.state import State
 from calipers.ops import Facts
+from calipers.sets import Interval
 from calipers.work import counting, spend
 
 Core = Callable[[State, Tensor, Tensor], Tensor]
@@ -38,15 +39,35 @@ STRUCTURE = frozenset(
 CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
+class Filled(NamedTuple):
+    """A value of a state's ``field`` (boxes, widths, env): so many of the tensors that a program returns."""
+
+    field: str
+    name: str
+    first: int
+    size: int
+
+
 class Program(NamedTuple):
-    """What was recorded: a function of the inputs, and the passes of the network that it counts as."""
+    """What was recorded: a function of the inputs, which returns the bound and then what it left in the state, and the
+    passes of the network that it counts as."""
 
-    run: Callable[..., Tensor]
+    run: Callable[..., tuple[Tensor, ...]]
     passes: float
+    fills: tuple[Filled, ...]
+
+    def __call__(self, state: State, inputs: Sequence[Tensor]) -> Tensor:
+        found = self.run(*inputs)
+        spend(self.passes)
+        for field, name, first, size in self.fills:
+            part = found[first : first + size]
+            getattr(state, field)[name] = part[0] if size == 1 else Interval(*part)
+        return found[0]
 
 
-def recorded(core: Core) -> Core:
-    """``core(state, C, d)``, from its second time at the same shapes on as a program."""
+def recorded(core: Core, *, fills: bool = False) -> Core:
+    """``core(state, C, d)``, from its second time at the same shapes on as a program; with ``fills`` the intervals and
+    the reference that it leaves in the state are there, too."""
 
     def bound(state: State, C: Tensor, d: Tensor) -> Tensor:
         if not _suits(state, C):
@@ -55,12 +76,11 @@ def recorded(core: Core) -> Core:
         inputs = [*tensors, state.frame.above, *state.frame.hull, C, d]
         programs = _PROGRAMS.setdefault(state.facts, {})
         key = (
-            core, C.shape, C.stride(), state.dtype, C.device, state.rigorous, state.memory, *others,
+            core, fills, C.shape, C.stride(), state.dtype, C.device, state.rigorous, state.memory, *others,
         )  # fmt: skip
         known = programs.get(key)
         if isinstance(known, Program):
-            spend(known.passes)
-            return known.run(*inputs)
+            return known(state, inputs)
         if known == "refused":
             return core(state, C, d)
         if known is None:
@@ -72,8 +92,9 @@ def recorded(core: Core) -> Core:
         tape = Tape(inputs)
         with counting() as work, _Guard(tape), tape:
             result = core(state, C, d)
-        if program := tape.program(result, work.passes):
-            programs[key] = program
+        places, tensors = _left(state) if fills else ([], [])
+        if run := tape.written([result, *tensors]):
+            programs[key] = Program(run, work.passes, tuple(places))
         return result
 
     return bound
@@ -96,6 +117,19 @@ def _suits(state: State, C: Tensor) -> bool:
         and not state.whole
         and state.batch * (1 + C.shape[1]) * state.network.sizes[0] <= NUMBERS
     )
+
+
+def _left(state: State) -> tuple[list[Filled], list[Tensor]]:
+    """What a core left in its state, and the tensors that this is made of, which come after the bound."""
+    places: list[Filled] = []
+    tensors: list[Tensor] = []
+    for field in ("boxes", "widths", "env"):
+        for name, value in getattr(state, field).items():
+            if name in state.facts.kinds:
+                parts = [value] if isinstance(value, Tensor) else list(value)
+                places.append(Filled(field, name, 1 + len(tensors), len(parts)))
+                tensors += parts
+    return places, tensors
 
 
 def _parted(values: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
@@ -141,27 +175,26 @@ class Tape(TorchFunctionMode):
             self._note(func, args, kwargs, result)
         return result
 
-    def program(self, result: Tensor, passes: float) -> Program | None:
-        """What was written down, without what the result does not need; None if something was refused."""
-        if self.refused is None and id(result) not in self.number:
-            self.refused = "the result is no operation's"
+    def written(self, results: Sequence[Tensor]) -> Callable[..., tuple[Tensor, ...]] | None:
+        """What was written down, as a function of the inputs, without what the results do not need and with each value
+        dropped after its last use; None if something was refused."""
+        if self.refused is None and any(id(result) not in self.number for result in results):
+            self.refused = "a result that is no operation's"
         if self.refused is not None:
             return None
-        needed, kept = {self.number[id(result)]}, []
+        wanted = [self.number[id(result)] for result in results]
+        needed, steps = set(wanted), []
         for step in reversed(self.noted):
             if step.changes or step.value in needed:
                 needed.update(step.reads, step.keywords.values())
-                kept.append(step)
-        return Program(self._written(kept[::-1], self.number[id(result)]), passes)
-
-    def _written(self, steps: list[_Noted], result: int) -> Callable[..., Tensor]:
-        """A function that takes these steps, each value dropped after its last use."""
+                steps.append(step)
+        steps.reverse()
         last = {
             i: at for at, step in enumerate(steps) for i in (*step.reads, *step.keywords.values())
         }
         dead: list[list[str]] = [[] for _ in steps]
         for i, at in last.items():
-            if i not in self.constant and i != result:
+            if i not in self.constant and i not in wanted:
                 dead[at].append(f"v{i}")
         names: dict[str, Any] = {f"v{i}": self.values[i] for i in self.constant}
         lines = [f"def run({', '.join(f'v{i}' for i in range(self.inputs))}):"]
@@ -171,9 +204,10 @@ class Tape(TorchFunctionMode):
             lines.append(f" v{step.value} = f{step.value}({given})")
             lines += [f" del {', '.join(gone)}"] if gone else []
             names[f"f{step.value}"] = step.op
-        exec("\n".join([*lines, f" return v{result}"]), names)  # noqa: S102 - only names made here
-        written: Callable[..., Tensor] = names["run"]
-        return written
+        lines.append(f" return {', '.join(f'v{i}' for i in wanted)},")
+        exec("\n".join(lines), names)  # noqa: S102 - only names made here
+        run: Callable[..., tuple[Tensor, ...]] = names["run"]
+        return run
 
     def _note(
         self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any
