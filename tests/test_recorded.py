@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import networks
 from calipers import Region, Spec
 from calipers.bounds import crown, crown_ibp, interval
 from calipers.bounds import recorded as module
+from calipers.bounds.ladder import _crown_ibp
 from calipers.bounds.recorded import Program, Tape
+from calipers.bounds.state import check_spec, start, with_sparse_weights
 from calipers.graph.capture import capture
 from calipers.graph.graph import Network
 from calipers.ops import facts
@@ -156,6 +159,26 @@ def test_gradients_are_never_recorded() -> None:
     total = interval(network, region, spec).sum()
     parameters = list(network.module.parameters())
     assert any(bool(g.any()) for g in torch.autograd.grad(total, parameters))
+
+
+def test_sparse_weights_have_programs_of_their_own() -> None:
+    torch.manual_seed(0)
+    wide = nn.Linear(160, 160)
+    wide.weight.data *= torch.rand(160, 160) < 0.02
+    network = capture(nn.Sequential(wide, nn.ReLU(), nn.Linear(160, 3)).eval(), torch.rand(2, 160))
+    region, spec = case(network)
+    bound = module.recorded(_crown_ibp)
+    found = []
+    for sparse in (True, False) * 4:
+        state = start(network, region, dtype=None, rigorous=False, memory=None, statistics=None)
+        if sparse:
+            with_sparse_weights(state)
+            assert any(v.layout == torch.sparse_csr for v in state.env.values())
+        with torch.no_grad():
+            found.append(bound(state, *check_spec(state, spec)))
+    assert len(programs(network)) >= 1
+    for first, second in pairwise(found):
+        torch.testing.assert_close(first, second)
 
 
 def test_few_programs_are_kept() -> None:

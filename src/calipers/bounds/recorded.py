@@ -77,6 +77,7 @@ def recorded(core: Core, *, fills: bool = False) -> Core:
         programs = _PROGRAMS.setdefault(state.facts, {})
         key = (
             core, fills, C.shape, C.stride(), state.dtype, C.device, state.rigorous, state.memory, *others,
+            *(tensor.layout for tensor in tensors),
         )  # fmt: skip
         known = programs.get(key)
         if isinstance(known, Program):
