@@ -223,7 +223,8 @@ SHARING: frozenset[Op] = frozenset({torch.add, prim.dropout, prim.identity, prim
 class Passes:
     """Forward and backward passes for one shape of inputs. One run's own: two may not use it at a time.
 
-    Parameters are those at the time it was made.
+    Parameters are those at the time it was made. Values stay until the next pass replaces them: memory that is freed at
+    the end of every step goes back to the system, and comes again page by page.
     """
 
     def __init__(self, graph: Graph, steps: Sequence[tuple[str, tuple[str, ...], Pass]]) -> None:
@@ -234,7 +235,8 @@ class Passes:
 
     def forward(self, x: Tensor) -> Tensor:
         """The outputs (B, K): good until the next call."""
-        values = self.values = {self.source: x}
+        values = self.values
+        values[self.source] = x
         for name, reads, step in self.steps:
             values[name] = step.forward(*[values[read] for read in reads])
         return values[self.output]
@@ -245,10 +247,9 @@ class Passes:
         Args:
             room: as the inputs, contiguous; the result may be written there.
         """
-        values, self.values = self.values, {}
-        gradients = {self.output: toward}
+        values, gradients = self.values, {self.output: toward}
         for name, reads, step in reversed(self.steps):
-            own, value = gradients.pop(name), values.pop(name)
+            own, value = gradients.pop(name), values[name]
             if room is not None and name == self.first and step.into is not None:
                 gradients[reads[0]] = step.into(own, room.view(values[reads[0]].shape))
                 continue
