@@ -227,23 +227,3 @@ RULES: dict[type, Callable[..., Interval]] = {
     Bilinear: _bilinear,
     Extremum: _extremum,
 }
-
-
-def exactness(state: State) -> dict[str, str]:
-    """How good interval bounds are at each value, for a box region: "free" (elements vary independently),
-    "exact" (each element's range is exact), or "loose"."""
-    graph = state.network.graph
-    status = dict.fromkeys(graph.inputs, "free")
-    for node in graph.nodes:
-        sources = [status[name] for name in node.operands if name in status]
-        if not sources:
-            continue
-        kind = state.kind(node)
-        simple = isinstance(kind, Activation) or (isinstance(kind, Affine) and kind.separable)
-        if len(sources) > 1:
-            status[node.name] = "loose"
-        elif simple:
-            status[node.name] = sources[0]
-        else:
-            status[node.name] = "exact" if sources[0] == "free" else "loose"
-    return status

@@ -16,7 +16,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from calipers.bounds.interval import exactness, propagate
+from calipers.bounds.interval import propagate
 from calipers.bounds.linear import both_bounds, lower_bounds, side_bounds
 from calipers.bounds.patches import elements
 from calipers.bounds.planner import examples, in_parts, row_bytes
@@ -298,7 +298,7 @@ def tightener(
         stable: of an element that one bound shows to be on one side of a kink, the other bound is left as it is, if it
             changes no later one.
     """
-    status = exactness(state)
+    status = state.facts.exactness
     box = math.isinf(state.region.p)
     done = set(state.network.graph.inputs)
 

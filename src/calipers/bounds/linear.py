@@ -625,9 +625,8 @@ def _activation_and_linear(
     if key not in state.cache:
         bent = torch.nonzero(bend).flatten()
         alive = torch.nonzero((mid != 0) | (bend != 0)).flatten()
-        live = (
-            None if 3 * len(alive) > 2 * len(mid) else alive
-        )  # picking many costs more than it saves
+        few = 8 * len(alive) <= 7 * len(mid)  # picking nearly all costs more than it saves
+        live = alive if few else None
         weight = state.arguments(linear)[0][1]
         state.cache[key] = live, bent, _picked(weight, live, 0), weight.index_select(0, bent)
     live, bent, weight, bent_weight = state.cache[key]
@@ -643,13 +642,16 @@ def _activation_and_linear(
         loss = loss + along.abs() @ _picked(noise[0], live, 0)
         if change is not None:
             loss = loss + change.abs() @ noise[0, bent]
-    found = along @ weight
     if change is None:
-        return {0: found.unsqueeze(1)}, (straight - loss).unsqueeze(1)
+        return {0: (along @ weight).unsqueeze(1)}, (straight - loss).unsqueeze(1)
+    count = len(along)
+    both = along.new_empty(2 * count, weight.shape[1])
+    torch.mm(along, weight, out=both[:count])
     bends = change @ bent_weight
-    return {0: _both(found, bends).unsqueeze(1)}, torch.cat(
-        [straight - loss, -straight - loss]
-    ).unsqueeze(1)
+    torch.sub(bends, both[:count], out=both[count:])
+    both[:count] += bends
+    bias = torch.cat([straight - loss, -straight - loss])
+    return {0: both.unsqueeze(1)}, bias.unsqueeze(1)
 
 
 def _picked(values: Tensor, index: Tensor | None, dim: int) -> Tensor:

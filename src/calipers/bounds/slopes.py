@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from calipers.bounds.interval import exactness, propagate
+from calipers.bounds.interval import propagate
 from calipers.bounds.ladder import (
     Statistics,
     at_reference,
@@ -459,7 +459,7 @@ def tighten(
             gave these, (2S, elements), lower sides first, by activation.
     """
     names = nonlinear_operands(state)
-    status = exactness(state)
+    status = state.facts.exactness
     names = {k: v for k, v in names.items() if status[k] == "loose" or state.region.p < torch.inf}
     if not names:
         return {}

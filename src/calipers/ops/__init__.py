@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,6 +97,22 @@ class Facts:
     unsupported: tuple[Node, ...]
     tail: frozenset[str]
     kept: frozenset[str]
+
+    @cached_property
+    def exactness(self) -> dict[str, str]:
+        """How good interval bounds are at each active value but the input, for a box region: "free" (elements vary
+        independently), "exact" (each element's range is exact), or "loose"."""
+        status: dict[str, str] = {}
+        for step in self.steps:
+            kind, sources = step.kind, [status.get(name, "free") for name in step.reads]
+            simple = isinstance(kind, Activation) or (isinstance(kind, Affine) and kind.separable)
+            if len(sources) > 1:
+                status[step.node.name] = "loose"
+            elif simple:
+                status[step.node.name] = sources[0]
+            else:
+                status[step.node.name] = "exact" if sources[0] == "free" else "loose"
+        return status
 
 
 def _step(graph: Graph, node: Node) -> Step:

@@ -33,7 +33,9 @@ def _linear_transpose(A: Tensor, _i: int, _s: Shape, _x: Any, w: Tensor, _b: Any
 
 def _linear_rows(index: Tensor, x: Any, w: Tensor, _b: Any = None) -> Tensor | None:
     # only a plain vector input makes row i of L equal to row i of the weight
-    return w[index] if x.ndim == 2 and w.layout == torch.strided else None
+    if x.ndim != 2 or w.layout != torch.strided:
+        return None
+    return w.index_select(0, index.flatten()).view(*index.shape, -1)
 
 
 def _matmul_magnitude(_: float, x: Tensor, y: Tensor) -> Tensor:
