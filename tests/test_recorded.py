@@ -272,6 +272,21 @@ def test_what_depends_on_numbers_is_refused(name: str) -> None:
         assert tape.refused
 
 
+def test_a_program_is_written_in_names_of_its_own() -> None:
+    def odd(x: Tensor, **_: int) -> Tensor:
+        if (
+            torch.overrides.has_torch_function_unary(x)
+            or torch._C._is_torch_function_mode_enabled()
+        ):
+            return torch.overrides.handle_torch_function(odd, (x,), x, **_)
+        return x + 1
+
+    x = torch.rand(2, 3)
+    for keyword, works in (("k", True), ("k=1), print(", False)):
+        tape = taped(lambda a, b, k=keyword: odd(a, **{k: 1}) + b, x, x + 1)
+        assert (tape.written([tape.result]) is not None) == works, tape.refused  # type: ignore[attr-defined]
+
+
 def test_the_same_tensor_twice_is_refused() -> None:
     x = torch.rand(2, 3)
     tape = taped(lambda a, b: a - b, x, x)

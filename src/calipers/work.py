@@ -79,6 +79,29 @@ class Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
+    def input_passes(self, x: Tensor) -> CountedPasses | None:
+        """The model's passes without autograd, if it has any for inputs like ``x``, counted too."""
+        offer = getattr(self.model, "input_passes", None)
+        passes = None if offer is None else offer(x)
+        return None if passes is None else CountedPasses(passes)
+
+
+class CountedPasses:
+    """Passes without autograd; a forward pass counts the backward pass that is taken for it."""
+
+    __slots__ = ("backward", "passes")
+
+    def __init__(self, passes: Any) -> None:
+        self.passes, self.backward = passes, passes.backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.passes.forward(x)
+        work = _CURRENT.get()
+        if work is not None:
+            work.forward += len(x)
+            work.backward += len(x)
+        return y
+
 
 def counted(model: Model) -> Counted:
     """``model``, its forward and backward passes counted wherever `counting` is on."""

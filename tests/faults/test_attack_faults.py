@@ -14,7 +14,7 @@ from attack_checks import INF
 from calipers import Region, Spec, fgsm, pgd
 from calipers.attacks import gradient
 from calipers.attacks.losses import Loss
-from calipers.attacks.search import Look, Model, Record
+from calipers.attacks.search import Look, Model, Record, Trail
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 TRUE_LOOK, TRUE_SLOPE = gradient.look, gradient.slope
@@ -27,9 +27,9 @@ def changed_gradient(patch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor
         seen = TRUE_LOOK(model, objective, spec, x)
         return seen._replace(gradient=change(seen.gradient, x))
 
-    def sloped(model: Model, objective: Loss, spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
-        slope, outputs = TRUE_SLOPE(model, objective, spec, x)
-        return change(slope, x), outputs
+    def sloped(model: Model, objective: Loss, trail: Trail) -> Tensor:
+        x = trail.here
+        return change(TRUE_SLOPE(model, objective, trail), x)
 
     patch.setattr(gradient, "look", looked)
     patch.setattr(gradient, "slope", sloped)

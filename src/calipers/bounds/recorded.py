@@ -206,7 +206,7 @@ class Tape(TorchFunctionMode):
             lines += [f" del {', '.join(gone)}"] if gone else []
             names[f"f{step.value}"] = step.op
         lines.append(f" return {', '.join(f'v{i}' for i in wanted)},")
-        exec("\n".join(lines), names)  # noqa: S102 - only names made here
+        exec("\n".join(lines), names)  # noqa: S102 - names made here alone
         run: Callable[..., tuple[Tensor, ...]] = names["run"]
         return run
 
@@ -222,6 +222,9 @@ class Tape(TorchFunctionMode):
         changes = _in_place(name) or "out" in kwargs
         if not (changes or _holds_tensors(result)):
             self.refused = f"{name} turns tensors into {type(result).__name__}"
+            return
+        if not all(map(str.isidentifier, kwargs)):  # they are written into the program
+            self.refused = f"{name} has keywords that are no names"
             return
         reads = tuple(self._place(arg) for arg in args)
         keywords = {k: self._place(arg) for k, arg in kwargs.items()}
