@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calipers.bounds.state import State
 from calipers.ops import Facts
-from calipers.sets import Interval
 from calipers.work import counting, spend
 
 Core = Callable[[State, Tensor, Tensor], Tensor]
@@ -40,10 +39,11 @@ CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class Filled(NamedTuple):
-    """A value of a state's ``field`` (boxes, widths, env): so many of the tensors that a program returns."""
+    """An entry of a state's ``field``: so many of the tensors that a program returns, alone or as a named tuple."""
 
     field: str
-    name: str
+    key: Any
+    make: Callable[..., Any]
     first: int
     size: int
 
@@ -59,9 +59,8 @@ class Program(NamedTuple):
     def __call__(self, state: State, inputs: Sequence[Tensor]) -> Tensor:
         found = self.run(*inputs)
         spend(self.passes)
-        for field, name, first, size in self.fills:
-            part = found[first : first + size]
-            getattr(state, field)[name] = part[0] if size == 1 else Interval(*part)
+        for field, key, make, first, size in self.fills:
+            getattr(state, field)[key] = make(*found[first : first + size])
         return found[0]
 
 
@@ -124,13 +123,24 @@ def _left(state: State) -> tuple[list[Filled], list[Tensor]]:
     """What a core left in its state, and the tensors that this is made of, which come after the bound."""
     places: list[Filled] = []
     tensors: list[Tensor] = []
-    for field in ("boxes", "widths", "env"):
-        for name, value in getattr(state, field).items():
-            if name in state.facts.kinds:
-                parts = [value] if isinstance(value, Tensor) else list(value)
-                places.append(Filled(field, name, 1 + len(tensors), len(parts)))
-                tensors += parts
+    make: Callable[..., Any]
+    for field in ("boxes", "widths", "env", "cache"):
+        for key, value in getattr(state, field).items():
+            if (key[1] if field == "cache" else key) not in state.facts.kinds:
+                continue  # it was there before
+            if isinstance(value, Tensor):
+                make, parts = _alone, [value]
+            elif hasattr(value, "_fields"):  # an interval, or lines
+                make, parts = type(value), list(value)
+            else:
+                continue  # of the cache: found anew if need be
+            places.append(Filled(field, key, make, 1 + len(tensors), len(parts)))
+            tensors += parts
     return places, tensors
+
+
+def _alone(value: Tensor) -> Tensor:
+    return value
 
 
 def _parted(values: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
