@@ -238,12 +238,8 @@ _ALONE: dict[Core, Run] = {core: _checked(recorded(core)) for core in (_interval
 
 
 def _crown(state: State, spec: Spec) -> Tensor:
-    C, d = check_spec(state, spec)
     propagate(state, tighten=tightener(state, stable=True), until=state.network.graph.output)
-    return functionals(state, C, d)
-
-
-_FIRST = _checked(recorded(_crown_ibp, fills=True))
+    return _LAST(state, spec)
 
 
 def crown_over_ibp(state: State, spec: Spec) -> Tensor:
@@ -264,6 +260,10 @@ def functionals(state: State, C: Tensor, d: Tensor, tail: Collection[str] = ()) 
         for part, span, cuts in parts(state, [len(A)] * state.batch, row)
     ]
     return at_reference(state, C, d) + joined(found, 1).T
+
+
+_FIRST = _checked(recorded(_crown_ibp, fills=True))
+_LAST = _checked(recorded(functionals))
 
 
 def parts(state: State, counts: list[int], row: int) -> Iterator[tuple[State, slice, list[slice]]]:

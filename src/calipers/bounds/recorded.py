@@ -1,9 +1,10 @@
 """Bounds as recorded programs.
 
-What `interval` and `crown_ibp` do depends on shapes alone, never on numbers. On small networks finding it out costs as
-much as the arithmetic, so the second time that a network is bounded at the same shapes, the tensor operations are
-written down as they run, and from then on only these run: the same operations on the same values in the same order, so
-with the same bits. Parameters are inputs of the program, read anew at each call.
+What `interval` and `crown_ibp` do, and the first and the last pass of `crown`, depends on shapes alone, never on
+numbers. On small networks finding it out costs as much as the arithmetic, so the second time that a network is bounded
+at the same shapes, the tensor operations are written down as they run, and from then on only these run: the same
+operations on the same values in the same order, so with the same bits. Parameters are inputs of the program, read anew
+at each call.
 
 A course that does depend on numbers cannot be recorded: where a tensor's number becomes Python's, or a shape that of
 what was found, the recording is given up, and such bounds are computed as the first time.
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -37,15 +39,8 @@ STRUCTURE = frozenset(
 )  # fmt: skip
 CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
-
-class Filled(NamedTuple):
-    """An entry of a state's ``field``: so many of the tensors that a program returns, alone or as a named tuple."""
-
-    field: str
-    key: Any
-    make: Callable[..., Any]
-    first: int
-    size: int
+# a state's field, a key in it, and the class of what is there, made of tensors, or the value itself
+Held = tuple[str, Any, Any]
 
 
 class Program(NamedTuple):
@@ -54,14 +49,16 @@ class Program(NamedTuple):
 
     run: Callable[..., tuple[Tensor, ...]]
     passes: float
-    fills: tuple[Filled, ...]
+    fills: tuple[Held, ...]
 
     def __call__(self, state: State, inputs: Sequence[Tensor]) -> Tensor:
-        found = self.run(*inputs)
+        bound, *found = self.run(*inputs)
         spend(self.passes)
-        for field, key, make, first, size in self.fills:
-            getattr(state, field)[key] = make(*found[first : first + size])
-        return found[0]
+        left = iter(found)
+        for field, key, kind in self.fills:
+            value = next(left) if kind is Tensor else kind(*islice(left, len(kind._fields)))
+            getattr(state, field)[key] = value
+        return bound
 
 
 def recorded(core: Core, *, fills: bool = False) -> Core:
@@ -71,12 +68,13 @@ def recorded(core: Core, *, fills: bool = False) -> Core:
     def bound(state: State, C: Tensor, d: Tensor) -> Tensor:
         if not _suits(state, C):
             return core(state, C, d)
-        tensors, others = _parted(state.env.values())
-        inputs = [*tensors, state.frame.above, *state.frame.hull, C, d]
+        places, inputs = _held(state)
+        inputs += [state.frame.above, C, d]
         programs = _PROGRAMS.setdefault(state.facts, {})
         key = (
-            core, fills, C.shape, C.stride(), state.dtype, C.device, state.rigorous, state.memory, *others,
-            *(tensor.layout for tensor in tensors),
+            core, fills, C.shape, C.stride(), state.dtype, C.device, state.rigorous, state.memory,
+            frozenset(state.off_centre), frozenset(state.changed), *places,
+            *(tensor.layout for tensor in inputs),
         )  # fmt: skip
         known = programs.get(key)
         if isinstance(known, Program):
@@ -92,9 +90,9 @@ def recorded(core: Core, *, fills: bool = False) -> Core:
         tape = Tape(inputs)
         with counting() as work, _Guard(tape), tape:
             result = core(state, C, d)
-        places, tensors = _left(state) if fills else ([], [])
+        filled, tensors = _held(state, set(places)) if fills else ([], [])
         if run := tape.written([result, *tensors]):
-            programs[key] = Program(run, work.passes, tuple(places))
+            programs[key] = Program(run, work.passes, tuple(filled))
         return result
 
     return bound
@@ -104,14 +102,13 @@ _PROGRAMS: WeakKeyDictionary[Facts, dict[tuple[Any, ...], Program | str]] = Weak
 
 
 def _suits(state: State, C: Tensor) -> bool:
-    """Whether nothing but shapes tells states apart: one as it was begun, for a bounded box, without gradients; and not
-    so large that what a recording keeps would count."""
+    """Whether what the key has tells states apart: for a bounded box, without gradients; and not so large that what a
+    recording keeps would count."""
     return (
         not torch.is_grad_enabled()
         and state.region.p == math.inf
         and state.frame.bounded
         and state.deadline == math.inf
-        and len(state.boxes) == 1  # that of the input
         and state.choose is None
         and state.parent is None
         and not state.whole
@@ -119,36 +116,26 @@ def _suits(state: State, C: Tensor) -> bool:
     )
 
 
-def _left(state: State) -> tuple[list[Filled], list[Tensor]]:
-    """What a core left in its state, and the tensors that this is made of, which come after the bound."""
-    places: list[Filled] = []
+def _held(state: State, before: Collection[Held] = ()) -> tuple[list[Held], list[Tensor]]:
+    """What a state holds, but for what it held ``before``, and the tensors that this is made of."""
+    places: list[Held] = []
     tensors: list[Tensor] = []
-    make: Callable[..., Any]
-    for field in ("boxes", "widths", "env", "cache"):
+    place: Held
+    parts: Sequence[Tensor]
+    for field in ("env", "boxes", "widths", "cache"):
         for key, value in getattr(state, field).items():
-            if (key[1] if field == "cache" else key) not in state.facts.kinds:
-                continue  # it was there before
             if isinstance(value, Tensor):
-                make, parts = _alone, [value]
-            elif hasattr(value, "_fields"):  # an interval, or lines
-                make, parts = type(value), list(value)
+                place, parts = (field, key, Tensor), (value,)
+            elif isinstance(value, tuple) and hasattr(value, "_fields"):  # an interval, or lines
+                place, parts = (field, key, type(value)), value
+            elif field == "env":  # a module's mode
+                place, parts = (field, key, value), ()
             else:
                 continue  # of the cache: found anew if need be
-            places.append(Filled(field, key, make, 1 + len(tensors), len(parts)))
-            tensors += parts
+            if place not in before:
+                places.append(place)
+                tensors.extend(parts)
     return places, tensors
-
-
-def _alone(value: Tensor) -> Tensor:
-    return value
-
-
-def _parted(values: Iterable[Any]) -> tuple[list[Tensor], list[Any]]:
-    tensors: list[Tensor] = []
-    others: list[Any] = []
-    for value in values:
-        (tensors if isinstance(value, Tensor) else others).append(value)
-    return tensors, others
 
 
 class _Noted(NamedTuple):
