@@ -6,8 +6,8 @@ at the same shapes, the tensor operations are written down as they run, and from
 operations on the same values in the same order, so with the same bits. Parameters are inputs of the program, read anew
 at each call.
 
-A course that does depend on numbers cannot be recorded: where a tensor's number becomes Python's, or a shape that of
-what was found, the recording is given up, and such bounds are computed as the first time.
+A course that does depend on numbers cannot be recorded. Where a tensor's number becomes Python's, or an operation is
+not one of those whose shapes follow from shapes, it is given up, and such bounds are computed as they were at first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from calipers.bounds.state import State
 from calipers.ops import Facts
@@ -37,7 +36,18 @@ STRUCTURE = frozenset(
     ("__get__", "__len__", "dim", "size", "stride", "numel", "nelement", "element_size", "is_floating_point",
      "is_contiguous", "untyped_storage", "_set_grad_enabled")
 )  # fmt: skip
-CHANGING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+# whose results have shapes that follow from shapes; torch's own guard against others takes a second to import
+STEADY = frozenset(
+    ("__and__", "__eq__", "__get__", "__getitem__", "__iadd__", "__imul__", "__invert__", "__isub__", "__or__",
+     "__rdiv__", "__rsub__", "__setitem__", "abs", "abs_", "add", "add_", "addcmul", "addcmul_", "addmm", "amax",
+     "amin", "any", "avg_pool2d", "baddbmm", "batch_norm", "bmm", "cat", "clamp", "clamp_", "clamp_max", "clamp_min",
+     "clone", "contiguous", "conv2d", "conv_transpose2d", "convolution_backward", "cos", "cosh", "detach", "div",
+     "empty", "empty_like", "exp", "expand", "expand_as", "flatten", "fmax", "fold", "ge", "getitem", "gt", "le",
+     "leaky_relu", "linear", "log", "lt", "matmul", "max", "max_pool2d", "maximum", "min", "minimum", "mm", "mul",
+     "mul_", "neg", "new_empty", "new_zeros", "pad", "permute", "relu", "reshape", "rsqrt", "scatter_add", "sigmoid",
+     "sign", "sin", "split", "sqrt", "square", "squeeze", "stack", "sub", "sub_", "sum", "tanh", "thnn_conv2d", "to",
+     "transpose", "unsqueeze", "where", "zeros", "zeros_like")
+)  # fmt: skip
 
 # a state's field, a key in it, and the class of what is there, made of tensors, or the value itself
 Held = tuple[str, Any, Any]
@@ -88,7 +98,7 @@ def recorded(core: Core, *, fills: bool = False) -> Core:
             return core(state, C, d)
         programs[key] = "refused"  # until it has worked
         tape = Tape(inputs)
-        with counting() as work, _Guard(tape), tape:
+        with counting() as work, tape:
             result = core(state, C, d)
         filled, tensors = _held(state, set(places)) if fills else ([], [])
         if run := tape.written([result, *tensors]):
@@ -220,6 +230,10 @@ class Tape(TorchFunctionMode):
         if not (changes or _holds_tensors(result)):
             self.refused = f"{name} turns tensors into {type(result).__name__}"
             return
+        picks = name == "__getitem__" and _holds_tensors(args[1])
+        if name not in STEADY or picks or (name == "where" and len(args) + len(kwargs) < 3):
+            self.refused = f"{name} may have results of any shape"
+            return
         if not all(map(str.isidentifier, kwargs)):  # they are written into the program
             self.refused = f"{name} has keywords that are no names"
             return
@@ -265,19 +279,6 @@ class Tape(TorchFunctionMode):
         self.values.append(value)
         self.constant.add(len(self.values) - 1)
         return len(self.values) - 1
-
-
-class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses what turns numbers into shapes or into Python's, however it was called."""
-
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = tape
-
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(tag in func.tags for tag in CHANGING):
-            self.tape.refused = f"{func} depends on numbers"
-        return func(*args, **(kwargs or {}))
 
 
 def _listed(*items: Any) -> list[Any]:
